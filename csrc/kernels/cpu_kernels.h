@@ -1,0 +1,36 @@
+// What one instruction set's build of the loops offers, and which build is in use.
+#ifndef DEEPFM_KERNELS_CPU_KERNELS_H_
+#define DEEPFM_KERNELS_CPU_KERNELS_H_
+
+#include <stdint.h>
+
+#include "fm.h"
+
+namespace deepfm {
+
+// From a pair's position to its sample and to its field's row in the embeddings.
+struct PairMap {
+  int64_t pairs_per_sample;
+  uint64_t reciprocal;            // ceil(2^64 / pairs_per_sample), 0 for one pair per sample
+  const int64_t* sample_of_pair;  // [n] for ragged samples, else null
+  const int32_t* field_of_pair;   // [P] with field_splits, else null
+  int64_t num_fields;
+};
+
+struct CpuKernels {
+  void (*forward[4][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
+  void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group);
+};
+
+// The build in use: the widest this machine runs, or the one DEEPFM_OPS_ISA names.
+const CpuKernels& Kernels();
+
+// "baseline", "avx2" or "avx512".
+const char* Isa();
+
+// Makes Kernels() return that build. False, and no change, if this machine cannot run it.
+bool SetIsa(const char* name);
+
+}  // namespace deepfm
+
+#endif  // DEEPFM_KERNELS_CPU_KERNELS_H_

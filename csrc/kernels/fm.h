@@ -1,0 +1,82 @@
+// The contract of the factorization-machine kernels. Nothing here knows of TensorFlow.
+//
+// A sample is a list of (index, value) pairs; a field is one pair, or, with `field_splits`, a fixed
+// run of pair positions that are summed into one embedding (a multi-valued field).
+//
+// Forward, for every sample b:
+//   e[b,f,:] = sum over pairs p in field f of  values[p] * table[indices[p], :]
+//   s[b,:]   = sum over f of e[b,f,:]
+//   v[b,:]   = 1/2 * (s[b,:]^2 - sum over f of e[b,f,:]^2)
+//   interaction = s (kSum), sum over k of v (kScalar) or v (kVector)
+//
+// Gradient, for g = d interaction and de = d embeddings:
+//   d[b,f,:] = de[b,f,:] + (g[b,:] for kSum, g[b] * (s[b,:] - e[b,f,:]) otherwise)
+//   rows[u,:] = sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
+//   d_values[p] = < table[indices[p], :], d[field of p, :] >
+//
+// Sums are kept in float for float32 and narrower tables, in double for float64. The bits of every
+// result depend on the inputs and the instruction set only, never on the number of threads.
+#ifndef DEEPFM_KERNELS_FM_H_
+#define DEEPFM_KERNELS_FM_H_
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "row_groups.h"
+
+namespace deepfm {
+
+enum class TableType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Output { kSum, kScalar, kVector };
+
+// Shapes: B samples, P pairs per sample (dense), n pairs in all, F fields per sample, V rows of K
+// elements. "Acc" is float, or double for a float64 table. All arrays are dense and row-major.
+struct FmShape {
+  int64_t num_rows = 0;                   // V
+  int64_t dim = 0;                        // K
+  int64_t num_samples = 0;                // B
+  int64_t num_pairs = 0;                  // n
+  int64_t pairs_per_sample = 0;           // P; used when row_splits is null
+  const int64_t* row_splits = nullptr;    // [B+1], sample b owns pairs [row_splits[b], row_splits[b+1])
+  const int64_t* field_splits = nullptr;  // [F+1] over the P positions (dense only); null: a pair is a field
+  int64_t num_fields = 0;                 // F, with field_splits
+};
+
+struct ForwardArgs {
+  FmShape shape;
+  TableType table_type = TableType::kFloat32;
+  IndexType index_type = IndexType::kInt32;
+  Output output = Output::kScalar;
+  const void* table = nullptr;    // T   [V,K]
+  const void* indices = nullptr;  // I   [n]
+  const void* values = nullptr;   // Acc [n], or null: all ones
+  void* interaction = nullptr;    // Acc [B] (kScalar) or [B,K]
+  void* sums = nullptr;           // Acc [B,K], or null
+  void* embeddings = nullptr;     // Acc [B,F,K] or [n,K], or null
+};
+
+struct GradientArgs {
+  FmShape shape;
+  TableType table_type = TableType::kFloat32;
+  Output output = Output::kScalar;
+  const void* table = nullptr;          // T   [V,K]
+  const void* values = nullptr;         // Acc [n], or null: all ones
+  const void* sums = nullptr;           // Acc [B,K], from the forward (unused for kSum)
+  const void* embeddings = nullptr;     // Acc [B,F,K], from the forward; needed with field_splits (unused for kSum)
+  const void* d_interaction = nullptr;  // Acc [B] (kScalar) or [B,K]
+  const void* d_embeddings = nullptr;   // Acc [B,F,K] or [n,K], or null
+  const RowGroups* groups = nullptr;    // of the pairs' indices
+  void* rows = nullptr;                 // T   [U,K], or null
+  void* d_values = nullptr;             // Acc [n], or null
+};
+
+// Runs the forward. Returns -1, or the smallest p with indices[p] outside [0, V); then the outputs
+// are unspecified and nothing outside the arrays was read.
+int64_t FmForward(const ForwardArgs& args, const Parallel& parallel);
+
+// Runs the gradient. The groups were built from the same indices, so every index is in range.
+void FmGradient(const GradientArgs& args, const Parallel& parallel);
+
+}  // namespace deepfm
+
+#endif  // DEEPFM_KERNELS_FM_H_

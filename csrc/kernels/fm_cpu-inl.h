@@ -1,0 +1,294 @@
+// The body of the CPU loops, compiled once per instruction set by fm_cpu_<set>.cc, which defines
+// DEEPFM_ISA (a namespace) before including this. No standard templates are used here: an inline
+// function compiled for AVX-512 must not become everyone's copy of it.
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "cpu_kernels.h"
+
+namespace deepfm {
+namespace DEEPFM_ISA {
+
+#include "vec-inl.h"
+
+// A sample's columns are worked on in blocks that keep sums and squares of a block in registers.
+constexpr int kMaxVecs = kVecBytes == 64 ? 8 : 4;
+
+static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline void PrefetchRow(const char* row, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
+}
+
+// How many rows ahead to fetch: about 2 KiB in flight, which hides the latency of memory without
+// evicting what was fetched before it is used.
+static inline int64_t PrefetchDistance(int64_t row_bytes) {
+  const int64_t rows = 2048 / row_bytes;
+  return rows > 32 ? 32 : rows < 4 ? 4 : rows;
+}
+
+static inline int64_t SampleOf(const PairMap& map, int64_t p) {
+  if (map.sample_of_pair) return map.sample_of_pair[p];
+  if (!map.reciprocal) return p;
+  // The product's high half is the exact quotient while p * pairs_per_sample < 2^64.
+  return static_cast<int64_t>(static_cast<unsigned __int128>(p) * map.reciprocal >> 64);
+}
+
+static inline int64_t FieldOf(const PairMap& map, int64_t p) {
+  if (!map.field_of_pair) return p;
+  const int64_t b = SampleOf(map, p);
+  return b * map.num_fields + map.field_of_pair[p - b * map.pairs_per_sample];
+}
+
+template <int n>
+struct Int {
+  static constexpr int value = n;
+};
+
+// Calls fn(Int<vecs>, Int<partial>) for each block of columns, with its first column and the lanes
+// of its last register: the run-time K becomes compile-time register counts here and nowhere else.
+template <typename T, typename Fn>
+static inline void ForColumnBlocks(int64_t dim, const Fn& fn) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t first = 0; first < dim; first += kMaxVecs * lanes) {
+    const int64_t columns = Min(dim - first, kMaxVecs * lanes);
+    const int vecs = static_cast<int>((columns + lanes - 1) / lanes);
+    const int tail = static_cast<int>(columns - (vecs - 1) * lanes);
+#define DEEPFM_CASE(n)                         \
+  case n:                                      \
+    if (n <= kMaxVecs) {                       \
+      constexpr int m = n <= kMaxVecs ? n : 1; \
+      if (tail == lanes) {                     \
+        fn(Int<m>(), Int<0>(), first, tail);   \
+      } else {                                 \
+        fn(Int<m>(), Int<1>(), first, tail);   \
+      }                                        \
+    }                                          \
+    break;
+    switch (vecs) {
+      DEEPFM_CASE(1)
+      DEEPFM_CASE(2)
+      DEEPFM_CASE(3)
+      DEEPFM_CASE(4)
+      DEEPFM_CASE(5)
+      DEEPFM_CASE(6)
+      DEEPFM_CASE(7)
+      DEEPFM_CASE(8)
+    }
+#undef DEEPFM_CASE
+  }
+}
+
+// A block of kVecs registers, the last of them `tail` lanes wide if kPartial.
+template <int kVecs, bool kPartial, typename T>
+static inline void LoadBlock(const T* p, int tail, VecOf<T> (&v)[kVecs]) {
+  constexpr int lanes = kLanes<T>;
+#pragma GCC unroll 8
+  for (int n = 0; n < kVecs; ++n)
+    v[n] = kPartial && n == kVecs - 1 ? Load<true>(p + n * lanes, tail) : Load<false>(p + n * lanes, lanes);
+}
+
+template <int kVecs, bool kPartial, typename T>
+static inline void StoreBlock(T* p, int tail, const VecOf<T> (&v)[kVecs]) {
+  constexpr int lanes = kLanes<T>;
+#pragma GCC unroll 8
+  for (int n = 0; n < kVecs; ++n) {
+    if (kPartial && n == kVecs - 1) {
+      Store<true>(p + n * lanes, v[n], tail);
+    } else {
+      Store<false>(p + n * lanes, v[n], lanes);
+    }
+  }
+}
+
+// One block of columns, samples [begin, end).
+template <typename T, typename I, int kVecs, bool kPartial>
+static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64_t first, int tail) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  const FmShape& shape = a.shape;
+  const int64_t dim = shape.dim;
+  const T* table = static_cast<const T*>(a.table) + first;
+  const I* indices = static_cast<const I*>(a.indices);
+  const A* values = static_cast<const A*>(a.values);
+  A* interaction = static_cast<A*>(a.interaction);
+  A* sums = static_cast<A*>(a.sums);
+  A* embeddings = static_cast<A*>(a.embeddings);
+  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+  const int64_t distance = PrefetchDistance(row_bytes);
+  const int64_t* fields = shape.field_splits;
+
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
+    const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
+    V s[kVecs] = {}, q[kVecs] = {};
+    auto prefetch = [&](int64_t p) {
+      if (first == 0 && p + distance < shape.num_pairs)
+        PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<uint64_t>(indices[p + distance]) * row_bytes,
+                    row_bytes);
+    };
+    auto load = [&](int64_t p, V(&e)[kVecs]) {
+      LoadBlock<kVecs, kPartial>(table + static_cast<int64_t>(indices[p]) * dim, tail, e);
+      if (!values) return;
+      const A x = values[p];
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) e[n] *= x;
+    };
+    auto add_field = [&](const V(&e)[kVecs], int64_t field) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) {
+        s[n] += e[n];
+        q[n] += e[n] * e[n];
+      }
+      if (embeddings) StoreBlock<kVecs, kPartial>(embeddings + field * dim + first, tail, e);
+    };
+    if (!fields) {
+      for (int64_t p = start; p < stop; ++p) {
+        prefetch(p);
+        V e[kVecs];
+        load(p, e);
+        add_field(e, p);
+      }
+    } else {
+      for (int64_t f = 0; f < shape.num_fields; ++f) {
+        V e[kVecs] = {};
+        for (int64_t p = start + fields[f]; p < start + fields[f + 1]; ++p) {
+          prefetch(p);
+          V pair[kVecs];
+          load(p, pair);
+#pragma GCC unroll 8
+          for (int n = 0; n < kVecs; ++n) e[n] += pair[n];
+        }
+        add_field(e, b * shape.num_fields + f);
+      }
+    }
+
+    if (sums) StoreBlock<kVecs, kPartial>(sums + b * dim + first, tail, s);
+    if (a.output == Output::kSum) {
+      StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, s);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < kVecs; ++n) q[n] = (s[n] * s[n] - q[n]) * A(0.5);
+    if (a.output == Output::kVector) {
+      StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, q);
+    } else {
+#pragma GCC unroll 8
+      for (int n = 1; n < kVecs; ++n) q[0] += q[n];
+      interaction[b] = (first == 0 ? A(0) : interaction[b]) + HorizontalSum(q[0]);
+    }
+  }
+}
+
+// Samples [begin, end), whose indices are in range.
+template <typename T, typename I>
+static void Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+  const bool one_block = a.shape.dim <= kMaxVecs * kLanes<T>;
+  // With several blocks a sample's rows are read once per block, so they must still be in cache.
+  const int64_t step = one_block ? end - begin : 1;
+  for (int64_t b = begin; b < end; b += step) {
+    ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+      ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, first, tail);
+    });
+  }
+}
+
+// One block of columns, groups [begin, end).
+template <typename T, int kVecs, bool kPartial>
+static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end, int64_t first,
+                          int tail) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  const FmShape& shape = a.shape;
+  const int64_t dim = shape.dim;
+  const T* table = static_cast<const T*>(a.table) + first;
+  const A* values = static_cast<const A*>(a.values);
+  const A* sums = a.sums ? static_cast<const A*>(a.sums) + first : nullptr;
+  const A* embeddings = a.embeddings ? static_cast<const A*>(a.embeddings) + first : nullptr;
+  const A* g = static_cast<const A*>(a.d_interaction);
+  const A* de = a.d_embeddings ? static_cast<const A*>(a.d_embeddings) + first : nullptr;
+  T* rows = a.rows ? static_cast<T*>(a.rows) + first : nullptr;
+  A* d_values = static_cast<A*>(a.d_values);
+  const int64_t* row_of = a.groups->rows();
+  const int64_t* starts = a.groups->starts();
+  const int64_t* positions = a.groups->positions();
+  const int64_t stop = starts[end];
+  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+  const int64_t distance = PrefetchDistance(row_bytes);
+
+  for (int64_t u = begin; u < end; ++u) {
+    if (first == 0) {
+      if (u + distance < end)
+        PrefetchRow(reinterpret_cast<const char*>(table) + row_of[u + distance] * row_bytes, row_bytes);
+    }
+    V row[kVecs], total[kVecs] = {};
+    LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
+    for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
+      if (first == 0 && j + distance < stop) {
+        const int64_t ahead = positions[j + distance];
+        if (sums) PrefetchRow(reinterpret_cast<const char*>(sums + SampleOf(map, ahead) * dim), dim * sizeof(A));
+        if (de) PrefetchRow(reinterpret_cast<const char*>(de + FieldOf(map, ahead) * dim), dim * sizeof(A));
+      }
+      const int64_t p = positions[j];
+      const int64_t b = SampleOf(map, p);
+      const A x = values ? values[p] : A(1);
+      V d[kVecs];
+      if (a.output == Output::kSum) {
+        LoadBlock<kVecs, kPartial>(g + b * dim + first, tail, d);
+      } else {
+        V e[kVecs];
+        LoadBlock<kVecs, kPartial>(sums + b * dim, tail, d);
+        if (shape.field_splits) {
+          LoadBlock<kVecs, kPartial>(embeddings + FieldOf(map, p) * dim, tail, e);
+        } else {
+#pragma GCC unroll 8
+          for (int n = 0; n < kVecs; ++n) e[n] = row[n] * x;
+        }
+        if (a.output == Output::kScalar) {
+#pragma GCC unroll 8
+          for (int n = 0; n < kVecs; ++n) d[n] = (d[n] - e[n]) * g[b];
+        } else {
+          V gv[kVecs];
+          LoadBlock<kVecs, kPartial>(g + b * dim + first, tail, gv);
+#pragma GCC unroll 8
+          for (int n = 0; n < kVecs; ++n) d[n] = (d[n] - e[n]) * gv[n];
+        }
+      }
+      if (de) {
+        V extra[kVecs];
+        LoadBlock<kVecs, kPartial>(de + FieldOf(map, p) * dim, tail, extra);
+#pragma GCC unroll 8
+        for (int n = 0; n < kVecs; ++n) d[n] += extra[n];
+      }
+      if (d_values) {
+        V dot = {};
+#pragma GCC unroll 8
+        for (int n = 0; n < kVecs; ++n) dot += d[n] * row[n];
+        d_values[p] = (first == 0 ? A(0) : d_values[p]) + HorizontalSum(dot);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) total[n] += d[n] * x;
+    }
+    if (rows) StoreBlock<kVecs, kPartial>(rows + u * dim, tail, total);
+  }
+}
+
+template <typename T>
+static void Gradient(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end) {
+  ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+    GradientBlock<T, decltype(vecs)::value, decltype(partial)::value != 0>(a, map, begin, end, first, tail);
+  });
+}
+
+extern const CpuKernels kKernels;
+const CpuKernels kKernels = {
+    {{Forward<float, int32_t>, Forward<float, int64_t>},
+     {Forward<double, int32_t>, Forward<double, int64_t>},
+     {Forward<BFloat16, int32_t>, Forward<BFloat16, int64_t>},
+     {Forward<Float16, int32_t>, Forward<Float16, int64_t>}},
+    {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
+};
+
+}  // namespace DEEPFM_ISA
+}  // namespace deepfm

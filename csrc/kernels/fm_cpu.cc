@@ -1,0 +1,77 @@
+// Shares the CPU kernels' work out to threads: forward by samples, gradient by groups.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "cpu_kernels.h"
+#include "fm.h"
+
+namespace deepfm {
+namespace {
+
+// Table elements per task, about 20 microseconds of work: less does not pay for waking a thread.
+constexpr int64_t kGrainElements = 1 << 16;
+
+PairMap MakePairMap(const FmShape& shape, std::unique_ptr<int64_t[]>* samples, std::unique_ptr<int32_t[]>* fields,
+                    const Parallel& parallel) {
+  PairMap map = {shape.pairs_per_sample, 0, nullptr, nullptr, shape.num_fields};
+  if (shape.row_splits) {
+    samples->reset(new int64_t[shape.num_pairs]);
+    int64_t* out = samples->get();
+    parallel.For(shape.num_samples, 1 << 12, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) std::fill(out + shape.row_splits[b], out + shape.row_splits[b + 1], b);
+    });
+    map.sample_of_pair = out;
+  } else if (shape.pairs_per_sample > 1) {
+    map.reciprocal = ~uint64_t{0} / static_cast<uint64_t>(shape.pairs_per_sample) + 1;
+  }
+  if (shape.field_splits) {
+    fields->reset(new int32_t[shape.pairs_per_sample]);
+    for (int64_t f = 0; f < shape.num_fields; ++f)
+      std::fill(fields->get() + shape.field_splits[f], fields->get() + shape.field_splits[f + 1],
+                static_cast<int32_t>(f));
+    map.field_of_pair = fields->get();
+  }
+  return map;
+}
+
+}  // namespace
+
+int64_t FmForward(const ForwardArgs& args, const Parallel& parallel) {
+  const FmShape& shape = args.shape;
+  const int64_t bad = FirstOutOfRange(args.indices, args.index_type, shape.num_pairs, shape.num_rows, parallel);
+  if (bad >= 0) return bad;
+  if (shape.dim == 0) {  // no columns: the loops below write nothing
+    const size_t acc = args.table_type == TableType::kFloat64 ? sizeof(double) : sizeof(float);
+    if (args.output == Output::kScalar) std::memset(args.interaction, 0, shape.num_samples * acc);
+    return -1;
+  }
+  auto* forward = Kernels().forward[static_cast<int>(args.table_type)][static_cast<int>(args.index_type)];
+  const int64_t elements = shape.num_pairs * shape.dim / std::max<int64_t>(1, shape.num_samples);
+  parallel.For(shape.num_samples, kGrainElements / std::max<int64_t>(1, elements),
+               [&](int64_t begin, int64_t end) { forward(args, begin, end); });
+  return -1;
+}
+
+void FmGradient(const GradientArgs& args, const Parallel& parallel) {
+  const RowGroups& groups = *args.groups;
+  if (args.shape.dim == 0) {
+    const size_t acc = args.table_type == TableType::kFloat64 ? sizeof(double) : sizeof(float);
+    if (args.d_values) std::memset(args.d_values, 0, groups.num_pairs() * acc);
+    return;
+  }
+  auto* gradient = Kernels().gradient[static_cast<int>(args.table_type)];
+  std::unique_ptr<int64_t[]> samples;
+  std::unique_ptr<int32_t[]> fields;
+  const PairMap map = MakePairMap(args.shape, &samples, &fields, parallel);
+  // Pieces of equal numbers of pairs, moved to the next group's start: groups differ in size.
+  const int64_t* starts = groups.starts();
+  auto group_at = [&](int64_t pair) { return std::lower_bound(starts, starts + groups.size(), pair) - starts; };
+  parallel.For(groups.num_pairs(), kGrainElements / std::max<int64_t>(1, args.shape.dim),
+               [&](int64_t begin, int64_t end) {
+                 const int64_t first = group_at(begin), last = group_at(end);
+                 if (first < last) gradient(args, map, first, last);
+               });
+}
+
+}  // namespace deepfm

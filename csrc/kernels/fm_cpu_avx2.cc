@@ -1,0 +1,2 @@
+#define DEEPFM_ISA avx2
+#include "fm_cpu-inl.h"

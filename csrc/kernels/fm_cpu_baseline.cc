@@ -1,0 +1,2 @@
+#define DEEPFM_ISA baseline
+#include "fm_cpu-inl.h"

@@ -1,0 +1,45 @@
+// Groups equal indices: the unique rows of a batch, ascending, and for each the pairs that use it.
+#ifndef DEEPFM_KERNELS_ROW_GROUPS_H_
+#define DEEPFM_KERNELS_ROW_GROUPS_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "parallel.h"
+
+namespace deepfm {
+
+enum class IndexType { kInt32, kInt64 };
+
+// After Build: group u is row rows()[u] and the pairs positions()[starts()[u] .. starts()[u+1]),
+// ascending. rows() is strictly ascending. A stable radix sort on log2(V) bits finds them.
+class RowGroups {
+ public:
+  // indices: int32 or int64 [n]. Returns -1, or the smallest p with indices[p] outside [0, num_rows);
+  // then the groups are empty.
+  int64_t Build(const void* indices, IndexType type, int64_t n, int64_t num_rows, const Parallel& parallel);
+
+  int64_t size() const { return size_; }
+  int64_t num_pairs() const { return num_pairs_; }
+  const int64_t* rows() const { return rows_.get(); }
+  const int64_t* starts() const { return starts_.get(); }
+  const int64_t* positions() const { return positions_.get(); }
+
+ private:
+  template <typename I>
+  int64_t BuildTyped(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
+  template <typename Item, typename I>
+  void Sort(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
+  template <typename Item>
+  void FindGroups(const Item* items, int64_t n, const Parallel& parallel);
+
+  int64_t size_ = 0, num_pairs_ = 0;
+  std::unique_ptr<int64_t[]> rows_, starts_, positions_;
+};
+
+// The smallest p with indices[p] outside [0, num_rows), or -1.
+int64_t FirstOutOfRange(const void* indices, IndexType type, int64_t n, int64_t num_rows, const Parallel& parallel);
+
+}  // namespace deepfm
+
+#endif  // DEEPFM_KERNELS_ROW_GROUPS_H_

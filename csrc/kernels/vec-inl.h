@@ -1,0 +1,204 @@
+// One register of floats or doubles, and loads and stores that convert from and to the table's type.
+// Included inside the namespace of one instruction set, after <immintrin.h>; it uses no shared
+// templates, so the linker cannot keep this instruction set's code for another one.
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Traits;
+template <>
+struct Traits<float> {
+  typedef float Acc;
+  typedef float Vec __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct Traits<double> {
+  typedef double Acc;
+  typedef double Vec __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct Traits<BFloat16> : Traits<float> {};
+template <>
+struct Traits<Float16> : Traits<float> {};
+
+template <typename T>
+using AccOf = typename Traits<T>::Acc;
+template <typename T>
+using VecOf = typename Traits<T>::Vec;
+template <typename T>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(AccOf<T>));
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
+typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
+typedef int32_t WordMask __attribute__((vector_size(kVecBytes)));
+
+static inline VecOf<float> Widen(HalfBits h, BFloat16) {
+  const WordBits wide = __builtin_convertvector(h, WordBits) << 16;
+  return (VecOf<float>)wide;
+}
+
+static inline HalfBits Narrow(VecOf<float> v, BFloat16) {
+  const WordBits w = (WordBits)v;
+  const WordBits rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const WordMask is_nan = v != v;
+  const WordBits quiet = w >> 16 | 0x40;
+  const WordBits bits = is_nan ? quiet : rounded;
+  return __builtin_convertvector(bits, HalfBits);
+}
+
+#if defined(__AVX512F__)
+static inline VecOf<float> Widen(HalfBits h, Float16) {
+  return (VecOf<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+}
+static inline HalfBits Narrow(VecOf<float> v, Float16) {
+  return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__)
+static inline VecOf<float> Widen(HalfBits h, Float16) { return (VecOf<float>)_mm256_cvtph_ps((__m128i)h); }
+static inline HalfBits Narrow(VecOf<float> v, Float16) {
+  return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+static inline VecOf<float> Widen(HalfBits h, Float16) {
+  // Half's exponent and mantissa, moved into place and scaled by 2^112: exact, subnormals included.
+  const WordBits wide = __builtin_convertvector(h, WordBits);
+  const WordBits magnitude = (wide & 0x7fff) << 13;
+  const WordMask is_special = magnitude >= (0x7c00u << 13);  // infinity or NaN
+  VecOf<float> scaled = (VecOf<float>)magnitude * 0x1p112f;
+  const WordBits bits = is_special ? (magnitude | 0x7f800000u) : (WordBits)scaled;
+  const WordBits with_sign = bits | (wide & 0x8000) << 16;
+  return (VecOf<float>)with_sign;
+}
+static inline HalfBits Narrow(VecOf<float> v, Float16) {
+  const WordBits w = (WordBits)v;
+  const WordBits magnitude = w & 0x7fffffffu;
+  const WordBits sign = w >> 16 & 0x8000;
+  // Subnormal halves: adding 0.5 aligns the mantissa so that the addition itself rounds to even.
+  VecOf<float> aligned = (VecOf<float>)magnitude + 0.5f;
+  const WordBits subnormal = (WordBits)aligned - 0x3f000000u;
+  const WordBits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const WordMask is_small = magnitude < (113u << 23);
+  const WordMask is_large = magnitude >= 0x477ff000u;  // rounds to infinity
+  const WordMask is_nan = v != v;
+  WordBits bits = is_small ? subnormal : normal;
+  bits = is_large ? (WordBits{} + 0x7c00) : bits;
+  bits = is_nan ? (WordBits{} + 0x7e00) : bits;
+  return __builtin_convertvector(bits | sign, HalfBits);
+}
+#endif
+
+// Loads lanes [0, lanes) and zeros behind them. With kPartial false, lanes is the whole register.
+template <bool kPartial, typename T>
+static inline VecOf<T> Load(const T* p, int lanes) {
+  HalfBits half = {};
+  if (!kPartial) {
+    __builtin_memcpy(&half, p, sizeof(half));
+  } else {
+    for (int i = 0; i < lanes; ++i) half[i] = p[i].bits;
+  }
+  return Widen(half, T{});
+}
+
+template <bool kPartial, typename T>
+static inline void Store(T* p, VecOf<T> v, int lanes) {
+  const HalfBits half = Narrow(v, T{});
+  if (!kPartial) {
+    __builtin_memcpy(p, &half, sizeof(half));
+  } else {
+    for (int i = 0; i < lanes; ++i) p[i].bits = half[i];
+  }
+}
+
+template <bool kPartial>
+static inline VecOf<float> Load(const float* p, int lanes) {
+  VecOf<float> v = {};
+  if (!kPartial) {
+    __builtin_memcpy(&v, p, sizeof(v));
+  } else {
+#if defined(__AVX512F__)
+    v = (VecOf<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), p);
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    v = (VecOf<float>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), lane));
+#else
+    for (int i = 0; i < lanes; ++i) v[i] = p[i];
+#endif
+  }
+  return v;
+}
+
+template <bool kPartial>
+static inline VecOf<double> Load(const double* p, int lanes) {
+  VecOf<double> v = {};
+  if (!kPartial) {
+    __builtin_memcpy(&v, p, sizeof(v));
+  } else {
+#if defined(__AVX512F__)
+    v = (VecOf<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << lanes) - 1), p);
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    v = (VecOf<double>)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes), lane));
+#else
+    for (int i = 0; i < lanes; ++i) v[i] = p[i];
+#endif
+  }
+  return v;
+}
+
+// Masked stores to float and double are microcoded on some AVX2 machines; a loop is not.
+template <bool kPartial>
+static inline void Store(float* p, VecOf<float> v, int lanes) {
+  if (!kPartial) {
+    __builtin_memcpy(p, &v, sizeof(v));
+  } else {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << lanes) - 1), (__m512)v);
+#else
+    for (int i = 0; i < lanes; ++i) p[i] = v[i];
+#endif
+  }
+}
+
+template <bool kPartial>
+static inline void Store(double* p, VecOf<double> v, int lanes) {
+  if (!kPartial) {
+    __builtin_memcpy(p, &v, sizeof(v));
+  } else {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << lanes) - 1), (__m512d)v);
+#else
+    for (int i = 0; i < lanes; ++i) p[i] = v[i];
+#endif
+  }
+}
+
+// Halves are added to each other until one lane is left.
+template <typename A, int kBytes>
+static inline A HorizontalSumOf(const void* lanes) {
+  if constexpr (kBytes == sizeof(A)) {
+    return *static_cast<const A*>(lanes);
+  } else {
+    typedef A Half __attribute__((vector_size(kBytes / 2)));
+    Half low, high;
+    __builtin_memcpy(&low, lanes, sizeof(Half));
+    __builtin_memcpy(&high, static_cast<const char*>(lanes) + sizeof(Half), sizeof(Half));
+    low += high;
+    return HorizontalSumOf<A, kBytes / 2>(&low);
+  }
+}
+
+static inline float HorizontalSum(VecOf<float> v) { return HorizontalSumOf<float, kVecBytes>(&v); }
+static inline double HorizontalSum(VecOf<double> v) { return HorizontalSumOf<double, kVecBytes>(&v); }

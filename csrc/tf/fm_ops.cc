@@ -1,0 +1,464 @@
+// The TensorFlow side: registration, shape functions, validation, allocation. No arithmetic.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../kernels/cpu_kernels.h"
+#include "../kernels/fm.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/threadpool.h"
+
+namespace deepfm {
+namespace {
+
+using absl::Status;
+using tensorflow::DataType;
+using tensorflow::OpInputList;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::TensorShapeUtils;
+using tensorflow::errors::FailedPrecondition;
+using tensorflow::errors::InvalidArgument;
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// ---------------------------------------------------------------------------------------------
+// Shape functions
+
+Status RankError(const char* name, const char* want, InferenceContext* c, ShapeHandle got) {
+  return InvalidArgument(name, " must be ", want, ", got shape ", c->DebugString(got));
+}
+
+struct InferredShape {
+  ShapeHandle indices;
+  DimensionHandle dim, num_samples, fields_or_pairs;
+  bool ragged = false;
+  bool pooled = false;
+};
+
+// A variable's shape and dtype travel with its handle, when they are known at all.
+Status TableShape(InferenceContext* c, bool resource, ShapeHandle* table) {
+  *table = c->input(0);
+  if (resource) {
+    *table = c->UnknownShape();
+    const auto* handle = c->input_handle_shapes_and_types(0);
+    if (handle != nullptr && !handle->empty()) {
+      DataType dtype;
+      TF_RETURN_IF_ERROR(c->GetAttr("T", &dtype));
+      if ((*handle)[0].dtype != dtype)
+        return InvalidArgument("table holds ", tensorflow::DataTypeString((*handle)[0].dtype), ", the op was made for ",
+                               tensorflow::DataTypeString(dtype));
+      *table = (*handle)[0].shape;
+    }
+  }
+  if (c->RankKnown(*table) && c->Rank(*table) != 2) return RankError("table", "rank 2 [V, K]", c, *table);
+  return c->WithRank(*table, 2, table);
+}
+
+Status InferCommon(InferenceContext* c, bool resource, InferredShape* s) {
+  ShapeHandle table;
+  TF_RETURN_IF_ERROR(TableShape(c, resource, &table));
+  s->dim = c->Dim(table, 1);
+  std::vector<ShapeHandle> values, row_splits;
+  TF_RETURN_IF_ERROR(c->input("values", &values));
+  TF_RETURN_IF_ERROR(c->input("row_splits", &row_splits));
+  std::vector<int64_t> field_splits;
+  TF_RETURN_IF_ERROR(c->GetAttr("field_splits", &field_splits));
+  s->indices = c->input(1);
+  s->ragged = !row_splits.empty();
+  s->pooled = !field_splits.empty();
+  const int rank = s->ragged ? 1 : 2;
+  if (c->RankKnown(s->indices) && c->Rank(s->indices) != rank)
+    return RankError("indices", s->ragged ? "rank 1 [nnz] with row_splits" : "rank 2 [B, F], or rank 1 with row_splits",
+                     c, s->indices);
+  TF_RETURN_IF_ERROR(c->WithRank(s->indices, rank, &s->indices));
+  if (!values.empty()) {
+    ShapeHandle merged;
+    if (!c->Merge(s->indices, values[0], &merged).ok())
+      return InvalidArgument("values must have the shape of indices, ", c->DebugString(s->indices), ", got ",
+                             c->DebugString(values[0]));
+    s->indices = merged;
+  }
+  if (s->ragged) {
+    ShapeHandle splits = row_splits[0];
+    if (c->RankKnown(splits) && c->Rank(splits) != 1) return RankError("row_splits", "rank 1 [B + 1]", c, splits);
+    TF_RETURN_IF_ERROR(c->WithRank(splits, 1, &splits));
+    if (c->ValueKnown(c->Dim(splits, 0)) && c->Value(c->Dim(splits, 0)) < 1)
+      return InvalidArgument("row_splits must have at least one element, got shape ", c->DebugString(splits));
+    TF_RETURN_IF_ERROR(c->Subtract(c->Dim(splits, 0), 1, &s->num_samples));
+    s->fields_or_pairs = c->Dim(s->indices, 0);
+  } else {
+    s->num_samples = c->Dim(s->indices, 0);
+    s->fields_or_pairs = s->pooled ? c->MakeDim(field_splits.size() - 1) : c->Dim(s->indices, 1);
+  }
+  return absl::OkStatus();
+}
+
+template <bool resource>
+Status ForwardShape(InferenceContext* c) {
+  InferredShape s;
+  TF_RETURN_IF_ERROR(InferCommon(c, resource, &s));
+  std::string output;
+  bool return_embeddings;
+  TF_RETURN_IF_ERROR(c->GetAttr("output", &output));
+  TF_RETURN_IF_ERROR(c->GetAttr("return_embeddings", &return_embeddings));
+  c->set_output(0, c->Matrix(s.num_samples, output == "scalar" ? c->MakeDim(1) : s.dim));
+  c->set_output(1, c->Matrix(s.num_samples, s.dim));
+  if (!return_embeddings) {
+    c->set_output(2, c->Vector(int64_t{0}));
+  } else if (s.ragged) {
+    c->set_output(2, c->Matrix(s.fields_or_pairs, s.dim));
+  } else {
+    c->set_output(2, c->MakeShape({s.num_samples, s.fields_or_pairs, s.dim}));
+  }
+  return absl::OkStatus();
+}
+
+template <bool resource>
+Status GradientShape(InferenceContext* c) {
+  InferredShape s;
+  TF_RETURN_IF_ERROR(InferCommon(c, resource, &s));
+  bool need_values;
+  TF_RETURN_IF_ERROR(c->GetAttr("need_values", &need_values));
+  const DimensionHandle unique = c->UnknownDim();
+  c->set_output(0, c->Vector(unique));
+  c->set_output(1, c->Matrix(unique, s.dim));
+  c->set_output(2, need_values ? s.indices : c->Vector(int64_t{0}));
+  return absl::OkStatus();
+}
+
+// ---------------------------------------------------------------------------------------------
+// What the kernels share: the table, the shape, the pool, the messages
+
+// The table for the time of one Compute: a tensor, or a variable's tensor under a shared lock. The
+// variable is never read as a value: in copy-on-read mode that would copy all of it.
+class Table {
+ public:
+  Status Open(OpKernelContext* ctx, bool resource, DataType dtype) {
+    if (!resource) {
+      tensor_ = &ctx->input(0);
+    } else {
+      TF_RETURN_IF_ERROR(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &var_));
+      lock_ = std::make_unique<tensorflow::tf_shared_lock>(*var_->mu());
+      if (!var_->is_initialized) return FailedPrecondition("table is a variable that was not initialized");
+      tensor_ = var_->tensor();
+    }
+    if (tensor_->dtype() != dtype)
+      return InvalidArgument("table holds ", tensorflow::DataTypeString(tensor_->dtype()), ", the op was made for ",
+                             tensorflow::DataTypeString(dtype));
+    if (tensor_->dims() != 2)
+      return InvalidArgument("table must be rank 2 [V, K], got shape ", tensor_->shape().DebugString());
+    return absl::OkStatus();
+  }
+  const Tensor& tensor() const { return *tensor_; }
+
+ private:
+  tensorflow::core::RefCountPtr<tensorflow::Var> var_;
+  std::unique_ptr<tensorflow::tf_shared_lock> lock_;  // released before var_
+  const Tensor* tensor_ = nullptr;
+};
+
+TableType TableTypeOf(DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_DOUBLE:
+      return TableType::kFloat64;
+    case tensorflow::DT_BFLOAT16:
+      return TableType::kBFloat16;
+    case tensorflow::DT_HALF:
+      return TableType::kFloat16;
+    default:
+      return TableType::kFloat32;
+  }
+}
+
+IndexType IndexTypeOf(const Tensor& indices) {
+  return indices.dtype() == tensorflow::DT_INT32 ? IndexType::kInt32 : IndexType::kInt64;
+}
+
+const void* Data(const Tensor& t) { return t.tensor_data().data(); }
+void* MutableData(Tensor* t) { return const_cast<char*>(t->tensor_data().data()); }
+const void* DataOrNull(const OpInputList& list) { return list.size() ? Data(list[0]) : nullptr; }
+
+Parallel PoolOf(OpKernelContext* ctx) {
+  const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
+  Parallel parallel;
+  parallel.threads = workers->num_threads;
+  parallel.run = [pool = workers->workers](int64_t tasks, const std::function<void(int64_t)>& fn) {
+    if (tasks == 1) return fn(0);
+    pool->TransformRangeConcurrently(1, tasks, [&fn](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) fn(task);
+    });
+  };
+  return parallel;
+}
+
+Status CheckShape(const char* name, const Tensor& t, const TensorShape& want) {
+  if (t.shape() == want) return absl::OkStatus();
+  return InvalidArgument(name, " must have shape ", want.DebugString(), ", got ", t.shape().DebugString());
+}
+
+// Attributes and validated inputs of the forward and of its gradient.
+class FmKernel : public OpKernel {
+ public:
+  explicit FmKernel(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    std::string output;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("Tacc", &acc_dtype_));
+    resource_ = ctx->input_type(0) == tensorflow::DT_RESOURCE;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("output", &output));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits_));
+    output_ = output == "sum" ? Output::kSum : output == "scalar" ? Output::kScalar : Output::kVector;
+    const DataType want = dtype_ == tensorflow::DT_DOUBLE ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+    OP_REQUIRES(ctx, acc_dtype_ == want,
+                InvalidArgument("Tacc must be ", tensorflow::DataTypeString(want), " for a table of ",
+                                tensorflow::DataTypeString(dtype_), ", got ", tensorflow::DataTypeString(acc_dtype_)));
+    for (size_t i = 0; i < field_splits_.size(); ++i) {
+      OP_REQUIRES(ctx, i == 0 ? field_splits_[0] == 0 : field_splits_[i] >= field_splits_[i - 1],
+                  InvalidArgument("field_splits must start at 0 and not decrease, got field_splits[", i,
+                                  "] = ", field_splits_[i]));
+    }
+  }
+
+ protected:
+  Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
+    const Tensor& indices = ctx->input(1);
+    OpInputList values, row_splits;
+    TF_RETURN_IF_ERROR(ctx->input_list("values", &values));
+    TF_RETURN_IF_ERROR(ctx->input_list("row_splits", &row_splits));
+    if (values.size() > 1 || row_splits.size() > 1)
+      return InvalidArgument("values and row_splits must be one tensor each, got ", values.size(), " and ",
+                             row_splits.size());
+    shape->num_rows = table.dim_size(0);
+    shape->dim = table.dim_size(1);
+    shape->num_pairs = indices.NumElements();
+    if (values.size()) {
+      if (values[0].dtype() != acc_dtype_)
+        return InvalidArgument("values must be ", tensorflow::DataTypeString(acc_dtype_), " for this table, got ",
+                               tensorflow::DataTypeString(values[0].dtype()));
+      if (values[0].shape() != indices.shape())
+        return InvalidArgument("values must have the shape of indices, ", indices.shape().DebugString(), ", got ",
+                               values[0].shape().DebugString());
+    }
+    if (row_splits.size()) {
+      if (!field_splits_.empty()) return InvalidArgument("field_splits needs indices of rank 2, not row_splits");
+      if (indices.dims() != 1)
+        return InvalidArgument("indices must be rank 1 [nnz] with row_splits, got shape ",
+                               indices.shape().DebugString());
+      return ReadRowSplits(row_splits[0], shape);
+    }
+    if (indices.dims() != 2)
+      return InvalidArgument("indices must be rank 2 [B, F], or rank 1 with row_splits, got shape ",
+                             indices.shape().DebugString());
+    shape->num_samples = indices.dim_size(0);
+    shape->pairs_per_sample = indices.dim_size(1);
+    if (!field_splits_.empty()) {
+      if (field_splits_.back() != shape->pairs_per_sample)
+        return InvalidArgument("field_splits must end at the ", shape->pairs_per_sample, " columns of indices, got ",
+                               field_splits_.back());
+      shape->field_splits = field_splits_.data();
+      shape->num_fields = static_cast<int64_t>(field_splits_.size()) - 1;
+    }
+    return absl::OkStatus();
+  }
+
+  Status IndexError(const Tensor& indices, int64_t p, int64_t num_rows) const {
+    const int64_t index =
+        indices.dtype() == tensorflow::DT_INT32 ? indices.flat<int32_t>()(p) : indices.flat<int64_t>()(p);
+    std::string where = std::to_string(p);
+    if (indices.dims() == 2)
+      where = std::to_string(p / indices.dim_size(1)) + "," + std::to_string(p % indices.dim_size(1));
+    return InvalidArgument("indices[", where, "] = ", index, " is not in [0, ", num_rows, ")");
+  }
+
+  TensorShape EmbeddingsShape(const FmShape& shape) const {
+    if (shape.row_splits) return TensorShape({shape.num_pairs, shape.dim});
+    const int64_t fields = shape.field_splits ? shape.num_fields : shape.pairs_per_sample;
+    return TensorShape({shape.num_samples, fields, shape.dim});
+  }
+
+  TensorShape InteractionShape(const FmShape& shape) const {
+    return TensorShape({shape.num_samples, output_ == Output::kScalar ? 1 : shape.dim});
+  }
+
+  DataType dtype_, acc_dtype_;
+  bool resource_;
+  Output output_;
+  std::vector<int64_t> field_splits_;
+
+ private:
+  static Status ReadRowSplits(const Tensor& row_splits, FmShape* shape) {
+    if (row_splits.dims() != 1 || row_splits.NumElements() < 1)
+      return InvalidArgument("row_splits must be rank 1 [B + 1], got shape ", row_splits.shape().DebugString());
+    const auto splits = row_splits.flat<int64_t>();
+    const int64_t last = splits.size() - 1;
+    if (splits(0) != 0) return InvalidArgument("row_splits must start at 0, got row_splits[0] = ", splits(0));
+    for (int64_t i = 0; i < last; ++i) {
+      if (splits(i + 1) < splits(i))
+        return InvalidArgument("row_splits must not decrease, got row_splits[", i, "] = ", splits(i),
+                               " and row_splits[", i + 1, "] = ", splits(i + 1));
+    }
+    if (splits(last) != shape->num_pairs)
+      return InvalidArgument("row_splits must end at nnz = ", shape->num_pairs, ", got row_splits[", last,
+                             "] = ", splits(last));
+    shape->num_samples = last;
+    shape->row_splits = splits.data();
+    return absl::OkStatus();
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kernels
+
+class FmInteractionOp : public FmKernel {
+ public:
+  explicit FmInteractionOp(OpKernelConstruction* ctx) : FmKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("return_embeddings", &return_embeddings_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    Table table;
+    ForwardArgs args;
+    OpInputList values;
+    OP_REQUIRES_OK(ctx, table.Open(ctx, resource_, dtype_));
+    OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
+    OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
+    const FmShape& shape = args.shape;
+    Tensor *interaction, *sums, *embeddings;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, InteractionShape(shape), &interaction));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, TensorShape({shape.num_samples, shape.dim}), &sums));
+    OP_REQUIRES_OK(
+        ctx, ctx->allocate_output(2, return_embeddings_ ? EmbeddingsShape(shape) : TensorShape({0}), &embeddings));
+    const Tensor& indices = ctx->input(1);
+    args.table_type = TableTypeOf(dtype_);
+    args.index_type = IndexTypeOf(indices);
+    args.output = output_;
+    args.table = Data(table.tensor());
+    args.indices = Data(indices);
+    args.values = DataOrNull(values);
+    args.interaction = MutableData(interaction);
+    args.sums = MutableData(sums);
+    args.embeddings = return_embeddings_ ? MutableData(embeddings) : nullptr;
+    const int64_t bad = FmForward(args, PoolOf(ctx));
+    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
+  }
+
+ private:
+  bool return_embeddings_;
+};
+
+class FmInteractionGradOp : public FmKernel {
+ public:
+  explicit FmInteractionGradOp(OpKernelConstruction* ctx) : FmKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    Table table;
+    GradientArgs args;
+    OpInputList values, embeddings, d_embeddings;
+    const Tensor *sums, *d_interaction;
+    OP_REQUIRES_OK(ctx, table.Open(ctx, resource_, dtype_));
+    OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
+    OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
+    OP_REQUIRES_OK(ctx, ctx->input("sums", &sums));
+    OP_REQUIRES_OK(ctx, ctx->input_list("embeddings", &embeddings));
+    OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
+    OP_REQUIRES_OK(ctx, ctx->input_list("d_embeddings", &d_embeddings));
+    const FmShape& shape = args.shape;
+    OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
+                InvalidArgument("embeddings and d_embeddings must be one tensor each"));
+    OP_REQUIRES_OK(ctx, CheckShape("sums", *sums, TensorShape({shape.num_samples, shape.dim})));
+    OP_REQUIRES_OK(ctx, CheckShape("d_interaction", *d_interaction, InteractionShape(shape)));
+    if (embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("embeddings", embeddings[0], EmbeddingsShape(shape)));
+    if (d_embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("d_embeddings", d_embeddings[0], EmbeddingsShape(shape)));
+    OP_REQUIRES(ctx, embeddings.size() || !shape.field_splits || output_ == Output::kSum,
+                InvalidArgument("embeddings are needed with field_splits"));
+
+    const Tensor& indices = ctx->input(1);
+    const Parallel pool = PoolOf(ctx);
+    RowGroups groups;
+    const int64_t bad = groups.Build(Data(indices), IndexTypeOf(indices), shape.num_pairs, shape.num_rows, pool);
+    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
+    Tensor *unique, *rows, *d_values;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({groups.size()}), &unique));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, TensorShape({groups.size(), shape.dim}), &rows));
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(2, need_values_ ? indices.shape() : TensorShape({0}), &d_values));
+    std::copy_n(groups.rows(), groups.size(), unique->flat<int64_t>().data());
+    args.table_type = TableTypeOf(dtype_);
+    args.output = output_;
+    args.table = Data(table.tensor());
+    args.values = DataOrNull(values);
+    args.sums = Data(*sums);
+    args.embeddings = DataOrNull(embeddings);
+    args.d_interaction = Data(*d_interaction);
+    args.d_embeddings = DataOrNull(d_embeddings);
+    args.groups = &groups;
+    args.rows = MutableData(rows);
+    args.d_values = need_values_ ? MutableData(d_values) : nullptr;
+    FmGradient(args, pool);
+  }
+
+ private:
+  bool need_values_;
+};
+
+// Values have a type attribute of their own because there may be none of them to take it from.
+// A table by value and a table by variable differ in their first input only.
+#define DEEPFM_ATTRS                               \
+  Attr("T: {float, double, bfloat16, half}")       \
+      .Attr("Tacc: {float, double}")               \
+      .Attr("Tvalues: {float, double} = DT_FLOAT") \
+      .Attr("Tindices: {int32, int64}")            \
+      .Attr("num_values: int >= 0")                \
+      .Attr("num_row_splits: int >= 0")            \
+      .Attr("output: {'sum', 'scalar', 'vector'}") \
+      .Attr("field_splits: list(int) = []")
+
+#define DEEPFM_REGISTER(prefix, table_type, is_resource)                                                 \
+  REGISTER_OP(prefix "FmInteraction")                                                                    \
+      .DEEPFM_ATTRS.Attr("return_embeddings: bool")                                                      \
+      .Input("table: " table_type)                                                                       \
+      .Input("indices: Tindices")                                                                        \
+      .Input("values: num_values * Tvalues")                                                             \
+      .Input("row_splits: num_row_splits * int64")                                                       \
+      .Output("interaction: Tacc")                                                                       \
+      .Output("sums: Tacc")                                                                              \
+      .Output("embeddings: Tacc")                                                                        \
+      .SetShapeFn(ForwardShape<is_resource>);                                                            \
+  REGISTER_OP(prefix "FmInteractionGrad")                                                                \
+      .DEEPFM_ATTRS.Attr("num_embeddings: int >= 0")                                                     \
+      .Attr("num_d_embeddings: int >= 0")                                                                \
+      .Attr("need_values: bool")                                                                         \
+      .Input("table: " table_type)                                                                       \
+      .Input("indices: Tindices")                                                                        \
+      .Input("values: num_values * Tvalues")                                                             \
+      .Input("row_splits: num_row_splits * int64")                                                       \
+      .Input("sums: Tacc")                                                                               \
+      .Input("embeddings: num_embeddings * Tacc")                                                        \
+      .Input("d_interaction: Tacc")                                                                      \
+      .Input("d_embeddings: num_d_embeddings * Tacc")                                                    \
+      .Output("unique: int64")                                                                           \
+      .Output("rows: T")                                                                                 \
+      .Output("d_values: Tacc")                                                                          \
+      .SetShapeFn(GradientShape<is_resource>);                                                           \
+  REGISTER_KERNEL_BUILDER(Name(prefix "FmInteraction").Device(tensorflow::DEVICE_CPU), FmInteractionOp); \
+  REGISTER_KERNEL_BUILDER(Name(prefix "FmInteractionGrad").Device(tensorflow::DEVICE_CPU), FmInteractionGradOp);
+
+DEEPFM_REGISTER("DeepfmOps", "T", false)
+DEEPFM_REGISTER("DeepfmOpsResource", "resource", true)
+
+}  // namespace
+}  // namespace deepfm
+
+// For tests and native_info(): the instruction set in use, and a way to force one (0: not possible here).
+extern "C" const char* deepfm_ops_isa() { return deepfm::Isa(); }
+extern "C" int deepfm_ops_set_isa(const char* name) { return deepfm::SetIsa(name); }

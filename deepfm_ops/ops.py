@@ -1,0 +1,186 @@
+"""The op, its registered gradient, and the choice between the native library and the reference.
+
+Importing this module loads the native library, so that a SavedModel that holds the op can be loaded.
+"""
+
+import tensorflow as tf
+from tensorflow.python.ops import resource_variable_ops
+
+from deepfm_ops import _inputs, _library, reference
+
+try:
+    _library.native_ops()
+except (RuntimeError, ValueError):  # said again, to whom it concerns, when the op is called
+    pass
+
+
+def fm_interaction(table, indices, values=None, *, row_splits=None, output="scalar", name=None) -> tf.Tensor:
+    """The second-order term of a factorization machine, from indices and values.
+
+    With `e[b,f,:] = values[b,f] * table[indices[b,f], :]` and `s[b,:] = sum over f of e[b,f,:]`:
+
+        vector[b,:] = 1/2 * (s[b,:]^2 - sum over f of e[b,f,:]^2)
+        scalar[b]   = sum over k of vector[b,k] = sum over f < h of <e[b,f,:], e[b,h,:]>
+
+    Each row is read once, no [B, F, K] tensor is made, and the gradient of the table is an
+    `IndexedSlices` with unique, ascending int64 or index-dtype indices: Keras's optimizers are then
+    exact on repeated indices. Gradients reach `values` too, and can be differentiated again.
+
+    Args:
+        table: [V, K] float32, float64, bfloat16 or float16: a tf.Variable or keras.Variable, which is
+            read in place, or a Tensor.
+        indices: int32 or int64, [B, F]; or [nnz] with row_splits; or tf.RaggedTensor [B, None]; or
+            tf.SparseTensor [B, M], whose values are the indices and whose positions are in row-major order.
+        values: what each row is multiplied with, in the form and shape of indices. float64 for a float64
+            table, else float32; NumPy and Python numbers are converted. None: all ones.
+        row_splits: int32 or int64 [B + 1]: sample b owns the pairs row_splits[b] to row_splits[b + 1] - 1.
+        output: "scalar" or "vector".
+        name: a name for the operation.
+
+    Returns:
+        [B, 1] for "scalar", [B, K] for "vector"; float64 for a float64 table, else float32 (narrow tables
+        are summed in float32).
+
+    Raises:
+        TypeError, ValueError: a dtype, rank or static shape that does not fit.
+        InvalidArgumentError: an index outside [0, V): "indices[3,7] = 1000 is not in [0, 1000)" (for
+            ragged and sparse indices, the position in the flat indices); row_splits that do not start
+            at 0, decrease, or do not end at nnz; values whose shape is not that of indices.
+
+    References:
+        Rendle, "Factorization Machines", ICDM 2010, equation (5) and lemma 3.1. "vector" is the
+        bi-interaction of He and Chua, "Neural Factorization Machines", SIGIR 2017.
+    """
+    table, pairs = _inputs.parse(table, indices, values, row_splits, output)
+    with tf.name_scope(name or "fm_interaction"):
+        return interaction(table, pairs, output)[0]
+
+
+def interaction(table, pairs, output, *, field_splits=(), return_embeddings=False, backend="auto"):
+    """`reference.interaction`, natively where that can be had; embeddings are None unless asked for.
+
+    Args:
+        table: tf.Variable or Tensor [V, K].
+        pairs: `_inputs.Pairs`.
+        output: "scalar", "vector" or "sum".
+        field_splits: see `reference.interaction`.
+        return_embeddings: also return them.
+        backend: "auto", "native" or "reference".
+    """
+    native = _library.native_ops(backend)
+    is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)
+    if native is None or (isinstance(table, tf.Variable) and not is_variable):
+        result, embeddings = reference.interaction(table, pairs, output, field_splits)
+        return result, embeddings if return_embeddings else None
+    if is_variable:
+        # The handle, never the value: reading the value of a sparsely updated variable copies the table.
+        # A tape watches variables that report an access.
+        resource_variable_ops.variable_accessed(table)
+        op, table_input, table_dtype = native.deepfm_ops_resource_fm_interaction, table.handle, {"T": table.dtype}
+    else:
+        op, table_input, table_dtype = native.deepfm_ops_fm_interaction, table, {}
+    result, _, embeddings = op(
+        table=table_input,
+        indices=pairs.indices,
+        values=[] if pairs.values is None else [pairs.values],
+        row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
+        Tacc=_inputs.accumulation_dtype(table.dtype),
+        output=output,
+        field_splits=list(field_splits),
+        # The gradient of a summed field needs the field's sum, which the pair alone does not give.
+        return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
+        **table_dtype,
+    )
+    return result, embeddings if return_embeddings else None
+
+
+def _split(op, inputs):
+    """The values and row_splits of an op's inputs, each a list of none or one, and what follows them."""
+    values = inputs[2 : 2 + op.get_attr("num_values")]
+    rest = inputs[2 + len(values) :]
+    row_splits = rest[: op.get_attr("num_row_splits")]
+    return list(values), list(row_splits), list(rest[len(row_splits) :])
+
+
+def _table_shape(table):
+    if table.dtype == tf.resource:
+        return resource_variable_ops.variable_shape(table, tf.int64)
+    return tf.shape(table, tf.int64)
+
+
+def _values_needed(op, num_values):
+    """False when the tape says that nobody asks for the gradient of the values."""
+    return num_values > 0 and 2 not in (getattr(op, "skip_input_indices", None) or ())
+
+
+@tf.RegisterGradient("DeepfmOpsFmInteraction")
+@tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
+def _fm_interaction_grad(op, d_interaction, _, d_embeddings):
+    table, indices = op.inputs[0], op.inputs[1]
+    values, row_splits, _ = _split(op, op.inputs)
+    pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
+    native = _library.native_ops("native")
+    is_resource = table.dtype == tf.resource
+    gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
+    unique, rows, d_values = gradient(
+        table=table,
+        indices=indices,
+        values=values,
+        row_splits=row_splits,
+        sums=op.outputs[1],
+        embeddings=[op.outputs[2]] if pooled else [],
+        d_interaction=d_interaction,
+        d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
+        output=op.get_attr("output"),
+        field_splits=op.get_attr("field_splits"),
+        need_values=_values_needed(op, len(values)),
+        **({"T": op.get_attr("T")} if is_resource else {}),
+    )
+    d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
+    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits))]
+
+
+@tf.RegisterGradient("DeepfmOpsFmInteractionGrad")
+@tf.RegisterGradient("DeepfmOpsResourceFmInteractionGrad")
+def _fm_interaction_grad_grad(op, _, dd_rows, dd_values):
+    """The gradient of the gradient, by differentiating the reference formula twice.
+
+    `sums` and `embeddings` are functions of the table and the values, so what flows through them is
+    accounted for there.
+    """
+    table, indices = op.inputs[0], op.inputs[1]
+    values, row_splits, rest = _split(op, op.inputs)
+    num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
+    d_interaction = rest[1 + num_embeddings]
+    d_embeddings = rest[2 + num_embeddings :]
+    dtype = op.get_attr("T")
+    unique = op.outputs[0]
+    position = tf.reshape(tf.searchsorted(unique, tf.cast(tf.reshape(indices, [-1]), tf.int64)), tf.shape(indices))
+    if table.dtype == tf.resource:
+        rows = tf.raw_ops.ResourceGather(resource=table, indices=unique, dtype=dtype)
+    else:
+        rows = tf.gather(table, unique)
+    sources = [rows, *values, d_interaction, *d_embeddings]
+    with tf.GradientTape() as outer:
+        outer.watch(sources)
+        with tf.GradientTape() as inner:
+            inner.watch([rows, *values])
+            wide = tf.cast(rows, _inputs.accumulation_dtype(dtype))
+            pairs = _inputs.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
+            outputs = reference.formula(
+                tf.gather(wide, position), pairs, op.get_attr("output").decode(), op.get_attr("field_splits")
+            )
+        first = inner.gradient(
+            outputs[: 1 + num_d_embeddings],
+            [rows, *values],
+            output_gradients=[d_interaction, *d_embeddings],
+            unconnected_gradients="zero",
+        )
+        first = [tf.convert_to_tensor(g) for g in first]
+    seeds = [dd_rows] + ([dd_values] if op.get_attr("need_values") else [])
+    second = outer.gradient(first[: len(seeds)], sources, output_gradients=seeds, unconnected_gradients="zero")
+    second = [tf.convert_to_tensor(g) for g in second]
+    d_table = tf.IndexedSlices(second[0], unique, _table_shape(table))
+    d_values, (d_d_interaction, *d_d_embeddings) = second[1 : 1 + len(values)], second[1 + len(values) :]
+    nones = [None] * (len(row_splits) + 1 + num_embeddings)
+    return [d_table, None, *d_values, *nones, d_d_interaction, *d_d_embeddings]

@@ -1,0 +1,100 @@
+"""The interaction in plain TensorFlow: the fallback where there is no native library, and its oracle."""
+
+import tensorflow as tf
+
+from deepfm_ops import _inputs
+
+
+def fm_interaction(table, indices, values=None, *, row_splits=None, output="scalar", name=None) -> tf.Tensor:
+    """The second-order term of a factorization machine, in plain TensorFlow.
+
+    Same signature, results and errors as `deepfm_ops.fm_interaction`, which documents them.
+    """
+    table, pairs = _inputs.parse(table, indices, values, row_splits, output)
+    with tf.name_scope(name or "fm_interaction"):
+        return interaction(table, pairs, output)[0]
+
+
+def interaction(table, pairs, output, field_splits=()):
+    """What the native op computes: (interaction, embeddings).
+
+    Args:
+        table: tf.Variable or Tensor [V, K].
+        pairs: `_inputs.Pairs`.
+        output: "scalar", "vector", or "sum": the sums of the embeddings, [B, K].
+        field_splits: ints [F + 1] over the columns of dense indices: the columns of a field are summed.
+            Empty: every pair is a field.
+
+    Returns:
+        interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
+        embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
+    """
+    pairs = _checked(pairs, tf.cast(tf.shape(table)[0], tf.int64))
+    return formula(_gather_unique(table, pairs.indices), pairs, output, field_splits)
+
+
+def formula(rows, pairs, output, field_splits=()):
+    """`interaction`, from the row of each pair, `rows` [B, P, K] or [nnz, K].
+
+    Rendle, "Factorization Machines", 2010: the sum over pairs of fields of their products is half of
+    (square of the sum - sum of the squares).
+    """
+    embeddings = rows if pairs.values is None else rows * pairs.values[..., tf.newaxis]
+    if len(field_splits) and list(field_splits) != list(range(len(field_splits))):
+        bounds = zip(field_splits[:-1], field_splits[1:], strict=True)
+        embeddings = tf.stack([tf.reduce_sum(embeddings[:, a:b], axis=1) for a, b in bounds], axis=1)
+    if pairs.row_splits is None:
+        add = lambda x: tf.reduce_sum(x, axis=1)  # noqa: E731
+    else:
+        samples = tf.size(pairs.row_splits) - 1
+        sample_of_pair = tf.repeat(tf.range(samples), pairs.row_splits[1:] - pairs.row_splits[:-1])
+        add = lambda x: tf.math.unsorted_segment_sum(x, sample_of_pair, samples)  # noqa: E731
+    sums = add(embeddings)
+    if output == "sum":
+        return sums, embeddings
+    vector = 0.5 * (tf.square(sums) - add(tf.square(embeddings)))
+    return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings
+
+
+def _gather_unique(table, indices):
+    """The row of each index. Gathering each row once makes the table's gradient unique and ascending."""
+    flat = tf.reshape(indices, [-1])
+    unique = tf.sort(tf.unique(flat).y)
+    rows = tf.gather(table, unique)
+    rows = tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
+    return tf.gather(rows, tf.reshape(tf.searchsorted(unique, flat), tf.shape(indices)))
+
+
+def _checked(pairs, num_rows):
+    """The pairs, once every index is known to be in [0, num_rows) and the row_splits to be sound."""
+    indices, values, row_splits = pairs
+    checks = []
+    if values is not None:
+        same = tf.reduce_all(tf.equal(tf.shape(values), tf.shape(indices)))
+        checks.append((same, "values must have the shape of indices, {}, got {}", (tf.shape(indices), tf.shape(values))))
+    if row_splits is not None:
+        nnz = tf.size(indices, tf.int64)
+        steps = row_splits[1:] - row_splits[:-1]
+        checks += [
+            (row_splits[0] == 0, "row_splits must start at 0, got row_splits[0] = {}", (row_splits[0],)),
+            (tf.reduce_all(steps >= 0), "row_splits must not decrease, got steps {}", (steps,)),
+            (row_splits[-1] == nnz, "row_splits must end at nnz = {}, got row_splits[-1] = {}", (nnz, row_splits[-1])),
+        ]
+    wide = tf.cast(indices, tf.int64)
+    bad = tf.logical_or(wide < 0, wide >= num_rows)
+    # A last True stands in for "none", so that argmax works on an empty batch.
+    first = tf.argmax(tf.cast(tf.concat([tf.reshape(bad, [-1]), [True]], 0), tf.int32))
+    position, text = [first], "indices[{}] = {} is not in [0, {})"
+    if row_splits is None:
+        columns = tf.maximum(tf.shape(indices, tf.int64)[1], 1)
+        position, text = [first // columns, first % columns], "indices[{},{}] = {} is not in [0, {})"
+    index = tf.reduce_sum(tf.reshape(wide, [-1])[first : first + 1])  # 0 where there are no indices
+    checks.append((tf.logical_not(tf.reduce_any(bad)), text, (*position, index, num_rows)))
+    asserts = []
+    for holds, text, shown in checks:
+        if not tf.executing_eagerly():
+            asserts.append(tf.debugging.Assert(holds, [tf.strings.format(text, shown)]))
+        elif not holds:
+            raise tf.errors.InvalidArgumentError(None, None, text.format(*(t.numpy() for t in shown)))
+    with tf.control_dependencies(asserts):
+        return _inputs.Pairs(tf.identity(indices), values, row_splits)
