@@ -29,6 +29,27 @@ def accumulation_dtype(table_dtype):
     return tf.float64 if table_dtype == tf.float64 else tf.float32
 
 
+def require(holds, text, shown):
+    """Control dependencies that raise InvalidArgumentError unless `holds`.
+
+    Args:
+        holds: bool tensor, scalar.
+        text: the message, with a {} for each of `shown`.
+        shown: function that returns the tensors to show; called only where they are needed.
+
+    """
+    if tf.executing_eagerly():
+        if not holds:
+            raise tf.errors.InvalidArgumentError(None, None, text.format(*(int(t) for t in shown())))
+        return []
+
+    def fail():
+        with tf.control_dependencies([tf.debugging.Assert(False, [tf.strings.format(text, shown())])]):
+            return tf.constant(False)
+
+    return [tf.cond(holds, lambda: tf.constant(True), fail)]
+
+
 def _table(table):
     if isinstance(table, keras.Variable):
         table = table.value
@@ -59,7 +80,9 @@ def _values(values, dtype):
 def _matching(values, part, expected, what):
     """`values.part`, once the positions it goes with are known to be those of the indices."""
     check = tf.debugging.assert_equal(
-        tf.cast(what(values), tf.int64), tf.cast(expected, tf.int64), message="values must have the positions of indices"
+        tf.cast(what(values), tf.int64),
+        tf.cast(expected, tf.int64),
+        message="values must have the positions of indices",
     )
     with tf.control_dependencies([] if check is None else [check]):
         return tf.identity(part(values))
@@ -91,6 +114,7 @@ def parse(table, indices, values, row_splits, output):
         TypeError: a dtype that is not supported.
         ValueError: ranks or static shapes that do not fit, an unknown `output`, row_splits given twice.
         InvalidArgumentError: ragged or sparse values at other positions than the indices.
+
     """
     if output not in OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
@@ -100,7 +124,9 @@ def parse(table, indices, values, row_splits, output):
             raise ValueError(f"row_splits must be None when indices are a {type(indices).__name__}")
         indices, values, row_splits = _flat(indices, values)
     elif isinstance(values, tf.RaggedTensor | tf.SparseTensor):
-        raise TypeError(f"values are a {type(values).__name__}, so indices must be one too, got {type(indices).__name__}")
+        raise TypeError(
+            f"values are a {type(values).__name__}, so indices must be one too, got {type(indices).__name__}"
+        )
     indices = tf.convert_to_tensor(indices)
     if indices.dtype not in INDEX_DTYPES:
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype.name}")

@@ -66,6 +66,7 @@ def native_ops(backend="auto"):
     Raises:
         ValueError: backend is none of the three.
         RuntimeError: backend is "native" and the library cannot be used; the text says why.
+
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -87,6 +88,7 @@ def native_info() -> dict:
         "tensorflow_built" (str or None), "tensorflow_found", "tensorflow_supported" (series),
         "instruction_set" ("baseline", "avx2", "avx512" or None), "cuda_architectures" (list of str),
         "threads" (int: TensorFlow's intra-op threads).
+
     """
     import tensorflow as tf
 
@@ -112,6 +114,7 @@ def instruction_set(force=None):
 
     Raises:
         ValueError: this machine cannot run `force`.
+
     """
     library = ctypes.CDLL(str(_LIBRARY))
     library.deepfm_ops_isa.restype = ctypes.c_char_p

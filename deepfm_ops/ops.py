@@ -50,6 +50,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
     References:
         Rendle, "Factorization Machines", ICDM 2010, equation (5) and lemma 3.1. "vector" is the
         bi-interaction of He and Chua, "Neural Factorization Machines", SIGIR 2017.
+
     """
     table, pairs = _inputs.parse(table, indices, values, row_splits, output)
     with tf.name_scope(name or "fm_interaction"):
@@ -66,6 +67,7 @@ def interaction(table, pairs, output, *, field_splits=(), return_embeddings=Fals
         field_splits: see `reference.interaction`.
         return_embeddings: also return them.
         backend: "auto", "native" or "reference".
+
     """
     native = _library.native_ops(backend)
     is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)

@@ -28,6 +28,7 @@ def interaction(table, pairs, output, field_splits=()):
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
         embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
+
     """
     pairs = _checked(pairs, tf.cast(tf.shape(table)[0], tf.int64))
     return formula(_gather_unique(table, pairs.indices), pairs, output, field_splits)
@@ -69,32 +70,49 @@ def _checked(pairs, num_rows):
     """The pairs, once every index is known to be in [0, num_rows) and the row_splits to be sound."""
     indices, values, row_splits = pairs
     checks = []
-    if values is not None:
+    if values is not None and not values.shape.is_fully_defined():
         same = tf.reduce_all(tf.equal(tf.shape(values), tf.shape(indices)))
-        checks.append((same, "values must have the shape of indices, {}, got {}", (tf.shape(indices), tf.shape(values))))
+        sizes = lambda: (tf.size(indices), tf.size(values))  # noqa: E731
+        checks += _inputs.require(same, "values must have the shape of indices, {} elements, got {}", sizes)
     if row_splits is not None:
-        nnz = tf.size(indices, tf.int64)
-        steps = row_splits[1:] - row_splits[:-1]
-        checks += [
-            (row_splits[0] == 0, "row_splits must start at 0, got row_splits[0] = {}", (row_splits[0],)),
-            (tf.reduce_all(steps >= 0), "row_splits must not decrease, got steps {}", (steps,)),
-            (row_splits[-1] == nnz, "row_splits must end at nnz = {}, got row_splits[-1] = {}", (nnz, row_splits[-1])),
-        ]
-    wide = tf.cast(indices, tf.int64)
-    bad = tf.logical_or(wide < 0, wide >= num_rows)
-    # A last True stands in for "none", so that argmax works on an empty batch.
-    first = tf.argmax(tf.cast(tf.concat([tf.reshape(bad, [-1]), [True]], 0), tf.int32))
-    position, text = [first], "indices[{}] = {} is not in [0, {})"
-    if row_splits is None:
-        columns = tf.maximum(tf.shape(indices, tf.int64)[1], 1)
-        position, text = [first // columns, first % columns], "indices[{},{}] = {} is not in [0, {})"
-    index = tf.reduce_sum(tf.reshape(wide, [-1])[first : first + 1])  # 0 where there are no indices
-    checks.append((tf.logical_not(tf.reduce_any(bad)), text, (*position, index, num_rows)))
-    asserts = []
-    for holds, text, shown in checks:
-        if not tf.executing_eagerly():
-            asserts.append(tf.debugging.Assert(holds, [tf.strings.format(text, shown)]))
-        elif not holds:
-            raise tf.errors.InvalidArgumentError(None, None, text.format(*(t.numpy() for t in shown)))
-    with tf.control_dependencies(asserts):
+        checks += _row_splits_checks(row_splits, tf.size(indices, tf.int64))
+    with tf.control_dependencies(checks):
+        wide = tf.cast(indices, tf.int64)
+        bad = tf.logical_or(wide < 0, wide >= num_rows)
+
+    def first_bad():
+        first = tf.argmax(tf.cast(tf.reshape(bad, [-1]), tf.int32))
+        index = tf.reshape(wide, [-1])[first]
+        if row_splits is not None:
+            return first, index, num_rows
+        columns = tf.shape(indices, tf.int64)[1]
+        return first // columns, first % columns, index, num_rows
+
+    where = "{}" if row_splits is not None else "{},{}"
+    text = f"indices[{where}] = {{}} is not in [0, {{}})"
+    with tf.control_dependencies(_inputs.require(tf.logical_not(tf.reduce_any(bad)), text, first_bad)):
         return _inputs.Pairs(tf.identity(indices), values, row_splits)
+
+
+def _row_splits_checks(row_splits, nnz):
+    last = tf.size(row_splits) - 1
+    steps = row_splits[1:] - row_splits[:-1]
+
+    def first_decrease():
+        i = tf.argmax(tf.cast(steps < 0, tf.int32))
+        return i, row_splits[i], i + 1, row_splits[i + 1]
+
+    starts = _inputs.require(
+        row_splits[0] == 0, "row_splits must start at 0, got row_splits[0] = {}", lambda: (row_splits[0],)
+    )
+    rises = _inputs.require(
+        tf.reduce_all(steps >= 0),
+        "row_splits must not decrease, got row_splits[{}] = {} and row_splits[{}] = {}",
+        first_decrease,
+    )
+    ends = _inputs.require(
+        row_splits[-1] == nnz,
+        "row_splits must end at nnz = {}, got row_splits[{}] = {}",
+        lambda: (nnz, last, row_splits[-1]),
+    )
+    return [*starts, *rises, *ends]

@@ -1,0 +1,276 @@
+"""From feature columns to the indices and values of one table: the layers behind `DeepFM.from_columns`."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from deepfm_ops import _inputs
+from deepfm_ops.features import DenseFeat, SparseFeat, VarLenSparseFeat
+
+
+def column_to_config(column):
+    """A column as JSON-ready dict."""
+    config = {field.name: getattr(column, field.name) for field in dataclasses.fields(column)}
+    if "sparsefeat" in config:
+        config["sparsefeat"] = column_to_config(column.sparsefeat)
+    for key, serialize in (
+        ("embeddings_initializer", keras.initializers.serialize),
+        ("transform_fn", keras.saving.serialize_keras_object),
+    ):
+        if config.get(key) is not None and not isinstance(config[key], str | dict):
+            config[key] = serialize(config[key])
+    return {"kind": type(column).__name__, **config}
+
+
+def column_from_config(config):
+    """The column that `column_to_config` described."""
+    if not isinstance(config, dict):
+        return config
+    config = dict(config)
+    kind = config.pop("kind")
+    if kind == "VarLenSparseFeat":
+        return VarLenSparseFeat(**{**config, "sparsefeat": column_from_config(config["sparsefeat"])})
+    if kind == "SparseFeat":
+        initializer = config.get("embeddings_initializer")
+        return SparseFeat(**{**config, "embeddings_initializer": initializer and keras.initializers.get(initializer)})
+    if isinstance(config.get("transform_fn"), dict):
+        config["transform_fn"] = keras.saving.deserialize_keras_object(config["transform_fn"])
+    return DenseFeat(**config)
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class StackedInitializer(keras.initializers.Initializer):
+    """Rows of one table with an initializer for each block of them.
+
+    Args:
+        parts: list of (number of rows, Keras initializer).
+
+    """
+
+    def __init__(self, parts):
+        self.parts = [(int(rows), keras.initializers.get(initializer)) for rows, initializer in parts]
+
+    def __call__(self, shape, dtype=None):
+        return tf.concat([initializer((rows, *shape[1:]), dtype=dtype) for rows, initializer in self.parts], axis=0)
+
+    def get_config(self):
+        return {"parts": [(rows, keras.initializers.serialize(initializer)) for rows, initializer in self.parts]}
+
+
+class TablePlan:
+    """Which rows of one table each column owns, and which index columns it fills.
+
+    Columns of one embedding_name share rows. A dense column with an embedding owns a row per number.
+
+    Attributes:
+        num_rows: rows of the table.
+        offsets: {column name: first row}.
+        field_sizes: index columns per field of the op. A column pooled by max, and every number of a dense
+            column, is left as fields of one pair each, because summing them is not what they need.
+
+    """
+
+    def __init__(self, columns, default_initializer):
+        self.columns = list(columns)
+        self.offsets, self.field_sizes, self.num_rows = {}, [], 0
+        blocks, owners = [], {}
+        for column in self.columns:
+            size = column.dimension if isinstance(column, DenseFeat) else column.vocabulary_size
+            key = ("dense", column.name) if isinstance(column, DenseFeat) else ("sparse", column.embedding_name)
+            if key not in owners:
+                owners[key] = (self.num_rows, size)
+                blocks.append((size, getattr(column, "embeddings_initializer", None) or default_initializer))
+                self.num_rows += size
+            start, owned = owners[key]
+            if owned != size:
+                raise ValueError(
+                    f"column {column.name!r}: embedding {column.embedding_name!r} has {owned} rows in another column, "
+                    f"{size} here"
+                )
+            self.offsets[column.name] = start
+            width = 1 if isinstance(column, SparseFeat) else size if isinstance(column, DenseFeat) else column.maxlen
+            separate = isinstance(column, DenseFeat) or getattr(column, "combiner", None) == "max"
+            self.field_sizes += [1] * width if separate else [width]
+        same = all(initializer is default_initializer for _, initializer in blocks)
+        self.initializer = default_initializer if same else StackedInitializer(blocks)
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class ColumnEncoder(keras.layers.Layer):
+    """Turns a dict of inputs into the pairs of one table.
+
+    Args:
+        columns: SparseFeat, VarLenSparseFeat, and DenseFeat with an embedding.
+
+    Call arguments:
+        inputs: dict of tensors [B, 1], [B, maxlen] or [B, dimension].
+
+    Returns:
+        indices: int64 [B, P], rows of the table.
+        values: float32 [B, P]: one, a dense column's number, or the pooling weight of a value; 0 for padding.
+        mask: float32 [B, P]: 0 for padding.
+
+    Raises:
+        InvalidArgumentError: an index outside its column's [0, vocabulary_size): it would be another
+            column's row.
+
+    """
+
+    def __init__(self, columns, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.columns = [column_from_config(column) for column in columns]
+        self.plan = TablePlan(self.columns, None)
+        self.supports_jit = False
+        self.vocabularies = {}
+        for column in self.columns:
+            vocabulary = getattr(column, "vocabulary", None)
+            if vocabulary is not None:
+                content = tf.lookup.KeyValueTensorInitializer(
+                    tf.constant(list(vocabulary), tf.string), tf.constant(list(vocabulary.values()), tf.int64)
+                )
+                self.vocabularies[column.name] = tf.lookup.StaticHashTable(content, default_value=0)
+
+    def build(self, input_shape=None):
+        pass
+
+    def _encode(self, column, x, padded):
+        """int64 indices in [0, vocabulary_size). With `padded`, hashing keeps 0 for the value 0."""
+        if column.vocabulary is not None:
+            return self.vocabularies[column.name].lookup(x if x.dtype == tf.string else tf.strings.as_string(x))
+        if not column.use_hash:
+            if not x.dtype.is_integer:
+                raise TypeError(f"column {column.name!r} must hold integers, got {x.dtype.name}")
+            x = tf.cast(x, tf.int64)
+            good = tf.reduce_all((x >= 0) & (x < column.vocabulary_size))
+
+            def shown():
+                flat = tf.reshape(x, [-1])
+                first = tf.argmax(tf.cast((flat < 0) | (flat >= column.vocabulary_size), tf.int32))
+                return first // tf.shape(x, tf.int64)[1], flat[first], column.vocabulary_size
+
+            text = f"column {column.name!r}: index in row {{}} = {{}} is not in [0, {{}})"
+            with tf.control_dependencies(_inputs.require(good, text, shown)):
+                return tf.identity(x)
+        x = x if x.dtype == tf.string else tf.strings.as_string(x)
+        if not padded:
+            return tf.strings.to_hash_bucket_fast(x, column.vocabulary_size)
+        hashed = 1 + tf.strings.to_hash_bucket_fast(x, max(1, column.vocabulary_size - 1))
+        is_padding = (x == "0") | (x == "")
+        return tf.where(is_padding, tf.zeros_like(hashed), tf.minimum(hashed, column.vocabulary_size - 1))
+
+    def _sequence(self, column, inputs):
+        """(indices, pooling weights, mask) of a VarLenSparseFeat, each [B, maxlen]."""
+        indices = self._encode(column, inputs[column.name], padded=True)
+        if column.length_name is None:
+            mask = indices != 0
+        else:
+            lengths = tf.reshape(tf.cast(inputs[column.length_name], tf.int64), [-1, 1])
+            mask = tf.range(column.maxlen, dtype=tf.int64)[tf.newaxis] < lengths
+        present = tf.cast(mask, tf.float32)
+        weights = present
+        if column.weight_name is not None:
+            given = tf.reshape(tf.cast(inputs[column.weight_name], tf.float32), [-1, column.maxlen])
+            if column.weight_norm:
+                given = tf.nn.softmax(tf.where(mask, given, given.dtype.min))
+            weights = tf.where(mask, given, 0.0)
+        if column.combiner == "mean":
+            weights = tf.math.divide_no_nan(weights, tf.reduce_sum(present, axis=1, keepdims=True))
+        return indices, weights, present
+
+    def call(self, inputs):
+        indices, values, masks = [], [], []
+        for column in self.plan.columns:
+            start = self.plan.offsets[column.name]
+            if isinstance(column, VarLenSparseFeat):
+                index, value, mask = self._sequence(column, inputs)
+            elif isinstance(column, SparseFeat):
+                index = self._encode(column, inputs[column.name], padded=False)
+                value = mask = tf.ones(tf.shape(index), tf.float32)
+            else:
+                value = transformed(column, inputs[column.name])
+                mask = tf.ones_like(value)
+                index = tf.zeros(tf.shape(value), tf.int64) + tf.range(column.dimension, dtype=tf.int64)
+            indices.append(index + start)
+            values.append(value)
+            masks.append(mask)
+        return tf.concat(indices, 1), tf.concat(values, 1), tf.concat(masks, 1)
+
+    def compute_output_spec(self, inputs):
+        batch = next(iter(inputs.values())).shape[0]
+        shape = (batch, sum(self.plan.field_sizes))
+        return tuple(keras.KerasTensor(shape, dtype) for dtype in ("int64", "float32", "float32"))
+
+    def get_config(self):
+        return {**super().get_config(), "columns": [column_to_config(column) for column in self.columns]}
+
+
+def transformed(column, x):
+    """A dense column's numbers [B, dimension] as float32, transformed."""
+    x = tf.cast(x, tf.float32)
+    return x if column.transform_fn is None else tf.cast(column.transform_fn(x), tf.float32)
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class DenseColumns(keras.layers.Layer):
+    """The transformed numbers of dense columns side by side: a dict of inputs to [B, sum of dimensions]."""
+
+    def __init__(self, columns, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.columns = [column_from_config(column) for column in columns]
+
+    def build(self, input_shape=None):
+        pass
+
+    def call(self, inputs):
+        return tf.cast(tf.concat([transformed(c, inputs[c.name]) for c in self.columns], axis=1), self.compute_dtype)
+
+    def compute_output_spec(self, inputs):
+        batch = next(iter(inputs.values())).shape[0]
+        return keras.KerasTensor((batch, sum(c.dimension for c in self.columns)), self.compute_dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "columns": [column_to_config(column) for column in self.columns]}
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class PoolMax(keras.layers.Layer):
+    """Pools the fields of columns whose combiner is "max"; the other fields pass through.
+
+    Args:
+        spans: list of (number of fields of a column, whether to take their maximum).
+
+    Call arguments:
+        inputs: (embeddings [B, F, K], mask [B, F]), the mask 0 for padding.
+
+    Returns:
+        [B, F', K]. A sample without values pools to zeros.
+
+    """
+
+    def __init__(self, spans, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.spans = [(int(fields), bool(is_max)) for fields, is_max in spans]
+
+    def build(self, input_shape=None):
+        pass
+
+    def call(self, inputs):
+        embeddings, mask = inputs
+        pooled, first = [], 0
+        for fields, is_max in self.spans:
+            part = embeddings[:, first : first + fields]
+            if is_max:
+                present = mask[:, first : first + fields, tf.newaxis] > 0
+                part = tf.reduce_max(tf.where(present, part, part.dtype.min), axis=1, keepdims=True)
+                part = tf.where(tf.reduce_any(present, axis=1, keepdims=True), part, tf.zeros_like(part))
+            pooled.append(part)
+            first += fields
+        return tf.concat(pooled, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        batch, _, dim = input_shape[0]
+        return (batch, sum(1 if is_max else fields for fields, is_max in self.spans), dim)
+
+    def get_config(self):
+        return {**super().get_config(), "spans": self.spans}

@@ -1,0 +1,443 @@
+"""Raw data to features: DeepCTR-style columns, and the feature dictionary. Imports neither TensorFlow nor Keras."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+DEFAULT_GROUP_NAME = "default_group"
+COMBINERS = ("mean", "sum", "max")
+
+
+def _positive(owner, name, value):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
+
+
+def _read_vocabulary(path, name, size):
+    """{key: index} from a CSV file of "index,key" lines. 0 is for keys that are not in it."""
+    vocabulary = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            where = f"column {name!r}: {path}, line {number}"
+            if len(row) != 2 or not row[0].strip().lstrip("-").isdigit():
+                raise ValueError(f"{where}: must be 'index,key', got {','.join(row)!r}")
+            index = int(row[0])
+            if not 0 <= index < size:
+                raise ValueError(f"{where}: index {index} is not in [0, {size})")
+            if row[1] in vocabulary:
+                raise ValueError(f"{where}: key {row[1]!r} occurs twice")
+            vocabulary[row[1]] = index
+    return vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFeat:
+    """A categorical column: one index, or one value to hash, per sample.
+
+    Args:
+        name: the input's name.
+        vocabulary_size: number of rows; indices are in [0, vocabulary_size).
+        embedding_dim: width of the embedding, or "auto": 6 * floor(vocabulary_size ** 0.25).
+        use_hash: hash the input's text (integers are written out first) to [0, vocabulary_size).
+        vocabulary_path: a CSV file of "index,key" lines that maps text to indices; other text is index 0.
+            The file is read here, and travels with a saved model.
+        dtype: of the input: an integer type, or "string" with use_hash or vocabulary_path.
+        embeddings_initializer: a Keras initializer, or None: normal with a deviation of 1e-4.
+        embedding_name: columns with one embedding_name share their rows. None: the name.
+        group_name: columns of one group interact with each other.
+        trainable: whether the embedding learns.
+        vocabulary: {key: index}; read from vocabulary_path when None.
+
+    Raises:
+        ValueError: an argument or a vocabulary file that does not fit.
+        FileNotFoundError: no file at vocabulary_path.
+
+    """
+
+    name: str
+    vocabulary_size: int
+    embedding_dim: int | str = 4
+    use_hash: bool = False
+    vocabulary_path: str | None = None
+    dtype: str = "int32"
+    embeddings_initializer: Any = None
+    embedding_name: str | None = None
+    group_name: str = DEFAULT_GROUP_NAME
+    trainable: bool = True
+    vocabulary: dict | None = dataclasses.field(default=None, repr=False, hash=False)
+
+    def __post_init__(self):
+        owner = f"SparseFeat {self.name!r}"
+        _positive(owner, "vocabulary_size", self.vocabulary_size)
+        if self.embedding_dim == "auto":
+            object.__setattr__(self, "embedding_dim", 6 * int(pow(self.vocabulary_size, 0.25)))
+        _positive(owner, "embedding_dim", self.embedding_dim)
+        if self.embedding_name is None:
+            object.__setattr__(self, "embedding_name", self.name)
+        if self.vocabulary_path is not None and self.vocabulary is None:
+            vocabulary = _read_vocabulary(self.vocabulary_path, self.name, self.vocabulary_size)
+            object.__setattr__(self, "vocabulary", vocabulary)
+        if self.dtype == "string" and not self.use_hash and self.vocabulary is None:
+            raise ValueError(f"{owner}: dtype 'string' needs use_hash or vocabulary_path")
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class VarLenSparseFeat:
+    """A categorical column with several values per sample, pooled into one embedding.
+
+    Args:
+        sparsefeat: the SparseFeat of one value. Without length_name, index 0 is padding.
+        maxlen: number of values per sample, padding included.
+        combiner: "mean", "sum" or "max". A sample without values pools to zeros.
+        length_name: name of the input that holds the number of values of each sample, or None.
+        weight_name: name of the input that holds a weight per value, [B, maxlen] or [B, maxlen, 1], or None.
+        weight_norm: apply a softmax to the weights of a sample first.
+
+    Raises:
+        ValueError: an argument that does not fit.
+
+    """
+
+    sparsefeat: SparseFeat
+    maxlen: int
+    combiner: str = "mean"
+    length_name: str | None = None
+    weight_name: str | None = None
+    weight_norm: bool = True
+
+    def __post_init__(self):
+        owner = f"VarLenSparseFeat {self.name!r}"
+        _positive(owner, "maxlen", self.maxlen)
+        if self.combiner not in COMBINERS:
+            raise ValueError(f"{owner}: combiner must be one of {', '.join(COMBINERS)}, got {self.combiner!r}")
+
+    @property
+    def name(self):
+        return self.sparsefeat.name
+
+    def __getattr__(self, attribute):
+        # vocabulary_size, embedding_dim, group_name and so on are the sparsefeat's.
+        if attribute.startswith("__") or attribute == "sparsefeat":
+            raise AttributeError(attribute)
+        return getattr(self.sparsefeat, attribute)
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseFeat:
+    """A numeric column.
+
+    Args:
+        name: the input's name.
+        dimension: numbers per sample.
+        dtype: of the input.
+        transform_fn: a function of the [B, dimension] tensor that returns one of the same shape, or None.
+            To be saved with a model it must be registered with Keras, or loaded with safe_mode=False.
+        embedding_dim: when set, the column takes part in the factorization machine: each of its numbers has
+            an embedding, which is multiplied with it.
+        group_name: the factorization machine's group, with embedding_dim.
+
+    Raises:
+        ValueError: an argument that does not fit.
+
+    """
+
+    name: str
+    dimension: int = 1
+    dtype: str = "float32"
+    transform_fn: Callable | None = None
+    embedding_dim: int | None = None
+    group_name: str = DEFAULT_GROUP_NAME
+
+    def __post_init__(self):
+        owner = f"DenseFeat {self.name!r}"
+        _positive(owner, "dimension", self.dimension)
+        if self.embedding_dim is not None:
+            _positive(owner, "embedding_dim", self.embedding_dim)
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+def input_specs(feature_columns) -> dict:
+    """{input name: (shape without the batch, dtype)}, in the order of the columns.
+
+    Raises:
+        ValueError: two columns need one input in two forms.
+        TypeError: something that is not a column.
+
+    """
+    specs = {}
+
+    def add(name, shape, dtype):
+        if specs.setdefault(name, (shape, dtype)) != (shape, dtype):
+            raise ValueError(f"input {name!r} is needed as {specs[name]} and as {(shape, dtype)}")
+
+    for column in feature_columns:
+        if isinstance(column, SparseFeat):
+            add(column.name, (1,), column.dtype)
+        elif isinstance(column, DenseFeat):
+            add(column.name, (column.dimension,), column.dtype)
+        elif isinstance(column, VarLenSparseFeat):
+            add(column.name, (column.maxlen,), column.dtype)
+            if column.weight_name is not None:
+                add(column.weight_name, (column.maxlen, 1), "float32")
+            if column.length_name is not None:
+                add(column.length_name, (1,), "int32")
+        else:
+            raise TypeError(f"a feature column must be SparseFeat, DenseFeat or VarLenSparseFeat, got {column!r}")
+    return specs
+
+
+def get_feature_names(feature_columns: Sequence) -> list[str]:
+    """The names of the inputs that a model of these columns takes."""
+    return list(input_specs(feature_columns))
+
+
+class FeatureDictionary:
+    """Numbers the features of a table: one index per category value and one per numeric column.
+
+    Index 0 stands for everything that is missing or was not seen by `fit`, with value 0: it adds nothing
+    to a factorization machine. Categories have value 1, numeric columns their number as it is (scale them
+    before: a factorization machine multiplies them with each other), and the n known values of a
+    multivalued entry 1/n each.
+
+    Example:
+        >>> import pandas as pd
+        >>> df = pd.DataFrame({"city": ["Rome", "Oslo"], "age": [0.3, 0.5], "tags": ["a|b", "b"]})
+        >>> features = FeatureDictionary().fit(df, categorical=["city"], numeric=["age"], multivalued=["tags"])
+        >>> indices, values = features.transform(df)
+        >>> indices.tolist()
+        [[2, 3, 4, 5], [1, 3, 5, 0]]
+        >>> values.tolist()
+        [[1.0, 0.30000001192092896, 0.5, 0.5], [1.0, 0.5, 1.0, 0.0]]
+
+    Attributes:
+        num_features: number of indices, 0 included: the `num_features` of the layers and models.
+        field_sizes: columns of the matrices per field: 1, or the longest entry seen of a multivalued one.
+        num_fields: number of fields, as `DeepFM(..., field_sizes=...)` counts them.
+        num_columns: columns of the matrices, the sum of field_sizes.
+
+    """
+
+    FORMAT = 1
+
+    def __init__(self):
+        self.fields = []  # {"name", "kind", "size", "start"; "values": list} in the order of the columns
+        self.num_features = 0
+
+    @property
+    def field_sizes(self):
+        return [field["size"] for field in self.fields]
+
+    @property
+    def num_fields(self):
+        return len(self.fields)
+
+    @property
+    def num_columns(self):
+        return sum(self.field_sizes)
+
+    def fit(self, df, categorical=(), numeric=(), multivalued=(), separator="|"):
+        """Learns the features of `df`.
+
+        Args:
+            df: a pandas DataFrame, or a dict of equally long arrays.
+            categorical: names of columns of strings, integers or booleans; NaN and None are missing.
+            numeric: names of columns of numbers; NaN is missing.
+            multivalued: names of columns of lists, or of strings to be split at `separator`.
+            separator: between the values of a multivalued string.
+
+        Returns:
+            self.
+
+        Raises:
+            KeyError: a column that df does not have.
+            ValueError: no rows, no columns, a column named twice, or columns of unequal length.
+            TypeError: values that cannot be categories or numbers.
+
+        """
+        names = [*categorical, *numeric, *multivalued]
+        if not names:
+            raise ValueError("fit needs at least one column name")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"columns named more than once: {repeated}")
+        if _num_rows(df, names) == 0:
+            raise ValueError("cannot fit on a table without rows")
+        self.fields, self.num_features, self.separator = [], 1, separator
+        for name in categorical:
+            self._add(name, "categorical", 1, sorted_values({v for v in _categories(df, name) if v is not None}))
+        for name in numeric:
+            _numbers(df, name)
+            self._add(name, "numeric", 1, [name])
+        for name in multivalued:
+            entries = _entries(df, name, separator)
+            self._add(name, "multivalued", max(1, *map(len, entries)), sorted_values(set().union(*entries)))
+        return self
+
+    def _add(self, name, kind, size, values):
+        self.fields.append({"name": name, "kind": kind, "size": size, "start": self.num_features, "values": values})
+        self.num_features += len(values)
+
+    def transform(self, df):
+        """The feature matrices of `df`.
+
+        Args:
+            df: a table with the columns that `fit` was given; other columns are ignored.
+
+        Returns:
+            indices: int64 [rows, num_columns], in [0, num_features).
+            values: float32 [rows, num_columns].
+
+        Raises:
+            KeyError: a column that df does not have.
+            ValueError: not fitted, or columns of unequal length.
+            TypeError: values that cannot be categories or numbers.
+
+        """
+        if not self.fields:
+            raise ValueError("fit or load the FeatureDictionary first")
+        rows = _num_rows(df, [field["name"] for field in self.fields])
+        indices = np.zeros((rows, self.num_columns), np.int64)
+        values = np.zeros((rows, self.num_columns), np.float32)
+        column = 0
+        for field in self.fields:
+            name, start, size = field["name"], field["start"], field["size"]
+            here = slice(column, column + size)
+            if field["kind"] == "numeric":
+                numbers = _numbers(df, name)
+                known = ~np.isnan(numbers)
+                indices[:, column] = np.where(known, start, 0)
+                values[:, column] = np.where(known, numbers, 0.0)
+            elif field["kind"] == "categorical":
+                index_of = {value: start + i for i, value in enumerate(field["values"])}
+                found = (index_of.get(value, 0) for value in _categories(df, name))
+                indices[:, column] = np.fromiter(found, np.int64, rows)
+                values[:, column] = indices[:, column] != 0
+            else:
+                index_of = {value: start + i for i, value in enumerate(field["values"])}
+                for row, entry in enumerate(_entries(df, name, self.separator)):
+                    known = [index_of[value] for value in entry if value in index_of][:size]
+                    indices[row, here][: len(known)] = known
+                    values[row, here][: len(known)] = 1.0 / max(1, len(known))
+            column += size
+        return indices, values
+
+    def fit_transform(self, df, **columns):
+        """`fit(df, **columns)`, then `transform(df)`."""
+        return self.fit(df, **columns).transform(df)
+
+    def save(self, path):
+        """Writes the dictionary as JSON, replacing `path` whole or not at all."""
+        if not self.fields:
+            raise ValueError("fit the FeatureDictionary before saving it")
+        path = pathlib.Path(path)
+        fresh = path.with_name(path.name + f".{os.getpid()}.new")
+        content = {"format": self.FORMAT, "separator": self.separator, "fields": self.fields}
+        fresh.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        os.replace(fresh, path)
+
+    @classmethod
+    def load(cls, path):
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, of another format, or not a FeatureDictionary.
+
+        """
+        try:
+            content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            if content["format"] != cls.FORMAT:
+                raise ValueError(f"format {content['format']}, this version reads {cls.FORMAT}")
+            loaded = cls()
+            loaded.separator, loaded.num_features = content["separator"], 1
+            for field in content["fields"]:
+                if field["start"] != loaded.num_features or field["kind"] not in (
+                    "categorical",
+                    "numeric",
+                    "multivalued",
+                ):
+                    raise ValueError(f"field {field['name']!r} does not fit")
+                loaded._add(field["name"], field["kind"], field["size"], field["values"])
+            return loaded
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
+
+
+def sorted_values(values):
+    """Sorted by type and value, so that equal data give equal numbers in every process."""
+    return sorted(values, key=lambda value: (type(value).__name__, value))
+
+
+def _column(df, name):
+    try:
+        return df[name]
+    except KeyError:
+        raise KeyError(f"column {name!r} is missing; the table has {list(df.keys())}") from None
+
+
+def _num_rows(df, names):
+    lengths = {name: len(_column(df, name)) for name in names}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns must be equally long, got {lengths}")
+    return next(iter(lengths.values()))
+
+
+def _is_missing(value):
+    # pandas.NA has no truth value, so it is known by its name; NaN and NaT differ from themselves.
+    return value is None or type(value).__name__ == "NAType" or value != value
+
+
+def _category(value, name):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, str | int | float | bool):
+        raise TypeError(f"column {name!r}: a category must be a string or a number, got {value!r}; convert it first")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas turns integers into floats where a value is missing
+    return value
+
+
+def _categories(df, name):
+    for value in np.asarray(_column(df, name), dtype=object):
+        yield None if _is_missing(value) else _category(value, name)
+
+
+def _entries(df, name, separator):
+    """A list of known values per row."""
+    entries = []
+    for entry in _column(df, name):
+        if isinstance(entry, str):
+            entry = [value for value in entry.split(separator) if value]
+        elif not isinstance(entry, list | tuple | set | np.ndarray):
+            if not _is_missing(entry):
+                raise TypeError(f"column {name!r}: an entry must be a list or a string, got {entry!r}")
+            entry = []
+        entries.append([_category(value, name) for value in entry if not _is_missing(value)])
+    return entries
+
+
+def _numbers(df, name):
+    column = _column(df, name)
+    if hasattr(column, "to_numpy"):
+        try:
+            return column.to_numpy(dtype=np.float64, na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"column {name!r} must hold numbers: {error}") from None
+    try:
+        return np.asarray(column, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"column {name!r} must hold numbers: {error}") from None

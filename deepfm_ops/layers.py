@@ -1,0 +1,244 @@
+"""Keras layers on top of the op."""
+
+import itertools
+
+import keras
+import tensorflow as tf
+
+from deepfm_ops import _inputs, _library, ops
+
+
+def _pairs(inputs, table_dtype):
+    """(table rows to read, values) from a layer's inputs: indices, or (indices, values)."""
+    indices, values = inputs if isinstance(inputs, list | tuple) else (inputs, None)
+    if values is not None:
+        dtype = _inputs.accumulation_dtype(tf.as_dtype(table_dtype))
+        if isinstance(values, tf.RaggedTensor | tf.SparseTensor):
+            values = tf.cast(values, dtype)
+        else:
+            values = tf.cast(tf.convert_to_tensor(values), dtype)
+    return indices, values
+
+
+class _SparseLayer(keras.layers.Layer):
+    """What the layers share: the backend, one interaction, no autocast of tables and values, no XLA."""
+
+    def __init__(self, num_features, field_sizes=None, backend="auto", **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        if backend not in _library.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(_library.BACKENDS)}, got {backend!r}")
+        if int(num_features) < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        self.num_features = int(num_features)
+        self.field_sizes = None if field_sizes is None else [int(size) for size in field_sizes]
+        self.backend = backend
+        self.supports_jit = False
+
+    def _interaction(self, table, inputs, output, return_embeddings=False):
+        indices, values = _pairs(inputs, table.dtype)
+        table, pairs = _inputs.parse(table, indices, values, None, "vector")
+        splits = ()
+        if self.field_sizes is not None:
+            if pairs.row_splits is not None:
+                raise ValueError(f"field_sizes need dense indices [B, P], got a {type(indices).__name__}")
+            splits = (0, *itertools.accumulate(self.field_sizes))
+            if pairs.indices.shape[1] not in (None, splits[-1]):
+                raise ValueError(f"indices must have {splits[-1]} columns, got shape {pairs.indices.shape}")
+            splits = () if splits == tuple(range(len(splits))) else splits
+        result, embeddings = ops.interaction(
+            table, pairs, output, field_splits=splits, return_embeddings=return_embeddings, backend=self.backend
+        )
+        if return_embeddings:
+            embeddings = tf.cast(embeddings, self.compute_dtype)
+            if pairs.row_splits is not None:
+                embeddings = tf.RaggedTensor.from_row_splits(embeddings, pairs.row_splits)
+        return tf.cast(result, self.compute_dtype), embeddings
+
+    def _fields(self, inputs):
+        """[B, F] of the inputs' static shape."""
+        shape = inputs[0] if isinstance(inputs, list | tuple) and isinstance(inputs[0], list | tuple) else inputs
+        return shape[0], shape[1] if self.field_sizes is None else len(self.field_sizes)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_features": self.num_features,
+            "field_sizes": self.field_sizes,
+            "backend": self.backend,
+        }
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class FirstOrder(_SparseLayer):
+    """The first-order term of a factorization machine: a weight per feature, times its value, summed.
+
+        y[b] = sum over f of values[b,f] * w[indices[b,f]]
+
+    Args:
+        num_features: number of features, V; indices are in [0, V).
+        weights_initializer, weights_regularizer: of w [V, 1]. A regularizer acts on all of w, so that its
+            gradient is dense.
+        backend: "auto", "native" or "reference".
+
+    Call arguments:
+        inputs: as for `FMInteraction`.
+
+    Returns:
+        [B, 1].
+
+    """
+
+    def __init__(
+        self, num_features, *, weights_initializer="zeros", weights_regularizer=None, field_sizes=None, **kwargs
+    ):
+        super().__init__(num_features, field_sizes, **kwargs)
+        self.weights_initializer = keras.initializers.get(weights_initializer)
+        self.weights_regularizer = keras.regularizers.get(weights_regularizer)
+
+    def build(self, input_shape=None):
+        self.w = self.add_weight(
+            name="w",
+            shape=(self.num_features, 1),
+            initializer=self.weights_initializer,
+            regularizer=self.weights_regularizer,
+            autocast=False,
+        )
+
+    def call(self, inputs):
+        return self._interaction(self.w, inputs, "sum")[0]
+
+    def compute_output_shape(self, input_shape):
+        return (self._fields(input_shape)[0], 1)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "weights_initializer": keras.initializers.serialize(self.weights_initializer),
+            "weights_regularizer": keras.regularizers.serialize(self.weights_regularizer),
+        }
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class FMInteraction(_SparseLayer):
+    """The second-order term of a factorization machine over an embedding table that the layer owns.
+
+    With e[b,f,:] = values[b,f] * embeddings[indices[b,f], :]:
+
+        vector[b,:] = 1/2 * ((sum over f of e[b,f,:])^2 - sum over f of e[b,f,:]^2)
+        scalar[b]   = sum over k of vector[b,k]
+
+    Args:
+        num_features: rows of the table, V; indices are in [0, V).
+        embedding_dim: columns of the table, K.
+        use_linear: add the first-order term, sum over f of values[b,f] * w[indices[b,f]], to the scalar.
+        output: "scalar" or "vector".
+        return_embeddings: also return the e[b,f,:], for a deep part that shares the table.
+        embeddings_initializer, embeddings_regularizer: of the table [V, K]. A regularizer acts on the
+            whole table, so that its gradient is dense.
+        linear_initializer, linear_regularizer: of w [V, 1].
+        field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
+            summed before they interact. None: every column is a field.
+        backend: "auto" (the native op where it loads), "native" or "reference".
+
+    Call arguments:
+        inputs: `(indices, values)`, or `indices` alone where all values are one. indices: int32 or int64
+            [B, F], or tf.RaggedTensor or tf.SparseTensor of rank 2. values: the same form; numbers.
+
+    Returns:
+        The interaction, [B, 1] or [B, K]; with return_embeddings, (embeddings [B, F, K], interaction),
+        where ragged and sparse indices give a RaggedTensor [B, None, K].
+
+    Raises:
+        ValueError, TypeError: arguments or inputs that do not fit.
+        InvalidArgumentError: an index outside [0, V).
+
+    Example:
+        >>> import numpy as np
+        >>> layer = FMInteraction(num_features=1000, embedding_dim=8)
+        >>> layer(np.array([[1, 20, 300], [4, 50, 600]])).shape
+        TensorShape([2, 1])
+
+    References:
+        Rendle, "Factorization Machines", ICDM 2010. Guo et al., "DeepFM", IJCAI 2017.
+
+    """
+
+    def __init__(
+        self,
+        num_features,
+        embedding_dim,
+        *,
+        use_linear=False,
+        output="scalar",
+        return_embeddings=False,
+        embeddings_initializer=None,
+        embeddings_regularizer=None,
+        linear_initializer="zeros",
+        linear_regularizer=None,
+        field_sizes=None,
+        backend="auto",
+        **kwargs,
+    ):
+        super().__init__(num_features, field_sizes, backend, **kwargs)
+        if output not in _inputs.OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(_inputs.OUTPUTS)}, got {output!r}")
+        if use_linear and output != "scalar":
+            raise ValueError(f"use_linear adds the first order to the scalar; output must be 'scalar', got {output!r}")
+        if int(embedding_dim) < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
+        self.embedding_dim = int(embedding_dim)
+        self.output_kind = output
+        self.return_embeddings = return_embeddings
+        self.use_linear = use_linear
+        if embeddings_initializer is None:
+            embeddings_initializer = keras.initializers.RandomNormal(stddev=0.01)
+        self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
+        self.embeddings_regularizer = keras.regularizers.get(embeddings_regularizer)
+        self.linear_initializer = keras.initializers.get(linear_initializer)
+        self.linear_regularizer = keras.regularizers.get(linear_regularizer)
+        self.first_order = None
+        if use_linear:
+            self.first_order = FirstOrder(
+                num_features,
+                weights_initializer=self.linear_initializer,
+                weights_regularizer=self.linear_regularizer,
+                field_sizes=field_sizes,
+                backend=backend,
+                dtype=self.dtype_policy,
+                name="first_order",
+            )
+
+    def build(self, input_shape=None):
+        self.embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.num_features, self.embedding_dim),
+            initializer=self.embeddings_initializer,
+            regularizer=self.embeddings_regularizer,
+            autocast=False,
+        )
+        if self.first_order is not None:
+            self.first_order.build(input_shape)
+
+    def call(self, inputs):
+        result, embeddings = self._interaction(self.embeddings, inputs, self.output_kind, self.return_embeddings)
+        if self.first_order is not None:
+            result = result + self.first_order(inputs)
+        return (embeddings, result) if self.return_embeddings else result
+
+    def compute_output_shape(self, input_shape):
+        batch, fields = self._fields(input_shape)
+        result = (batch, 1 if self.output_kind == "scalar" else self.embedding_dim)
+        return ((batch, fields, self.embedding_dim), result) if self.return_embeddings else result
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "embedding_dim": self.embedding_dim,
+            "use_linear": self.use_linear,
+            "output": self.output_kind,
+            "return_embeddings": self.return_embeddings,
+            "embeddings_initializer": keras.initializers.serialize(self.embeddings_initializer),
+            "embeddings_regularizer": keras.regularizers.serialize(self.embeddings_regularizer),
+            "linear_initializer": keras.initializers.serialize(self.linear_initializer),
+            "linear_regularizer": keras.regularizers.serialize(self.linear_regularizer),
+        }
