@@ -1,6 +1,7 @@
 """The interaction in plain TensorFlow: the fallback where there is no native library, and its oracle."""
 
 import tensorflow as tf
+from tensorflow.python.ops import resource_variable_ops
 
 from deepfm_ops import _inputs
 
@@ -30,7 +31,7 @@ def interaction(table, pairs, output, field_splits=()):
         embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
 
     """
-    pairs = _checked(pairs, tf.cast(tf.shape(table)[0], tf.int64))
+    pairs = _checked(pairs, _num_rows(table))
     return formula(_gather_unique(table, pairs.indices), pairs, output, field_splits)
 
 
@@ -55,6 +56,15 @@ def formula(rows, pairs, output, field_splits=()):
         return sums, embeddings
     vector = 0.5 * (tf.square(sums) - add(tf.square(embeddings)))
     return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings
+
+
+def _num_rows(table):
+    """V as int64, without reading a variable: that would copy the table."""
+    if table.shape.rank == 2 and table.shape[0] is not None:
+        return tf.constant(table.shape[0], tf.int64)
+    if isinstance(table, tf.Variable):
+        return resource_variable_ops.variable_shape(table.handle, tf.int64)[0]
+    return tf.shape(table, tf.int64)[0]
 
 
 def _gather_unique(table, indices):

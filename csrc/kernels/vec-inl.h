@@ -73,14 +73,16 @@ static inline HalfBits Narrow(VecOf<float> v, Float16) {
 }
 #else
 static inline VecOf<float> Widen(HalfBits h, Float16) {
-  // Half's exponent and mantissa, moved into place and scaled by 2^112: exact, subnormals included.
+  // No arithmetic on subnormal floats: TensorFlow's threads treat them as zero.
   const WordBits wide = __builtin_convertvector(h, WordBits);
-  const WordBits magnitude = (wide & 0x7fff) << 13;
-  const WordMask is_special = magnitude >= (0x7c00u << 13);  // infinity or NaN
-  VecOf<float> scaled = (VecOf<float>)magnitude * 0x1p112f;
-  const WordBits bits = is_special ? (magnitude | 0x7f800000u) : (WordBits)scaled;
-  const WordBits with_sign = bits | (wide & 0x8000) << 16;
-  return (VecOf<float>)with_sign;
+  const WordBits magnitude = wide & 0x7fff;
+  const WordMask is_subnormal = magnitude < 0x400u;
+  const WordMask is_special = magnitude >= 0x7c00u;  // infinity or NaN
+  const VecOf<float> scaled = __builtin_convertvector((WordMask)magnitude, VecOf<float>) * 0x1p-24f;
+  const WordBits normal = (magnitude << 13) + (112u << 23);
+  WordBits bits = is_subnormal ? (WordBits)scaled : normal;
+  bits = is_special ? (magnitude << 13 | 0x7f800000u) : bits;
+  return (VecOf<float>)(bits | (wide & 0x8000) << 16);
 }
 static inline HalfBits Narrow(VecOf<float> v, Float16) {
   const WordBits w = (WordBits)v;

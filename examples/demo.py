@@ -1,0 +1,206 @@
+"""Trains LR, FM, DNN and DeepFM on MovieLens-100k and compares them: what `make demo` runs.
+
+python examples/demo.py [--seeds N] [--data FOLDER] [--output FOLDER]
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import matplotlib
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+import deepfm_ops
+from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, datasets
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BATCH = 1024
+CATEGORICAL = ["user", "item", "gender", "age_group", "occupation", "zip_prefix", "release_year"]
+# Learning rate and L2 strengths were chosen on the validation part, for each kind of model.
+MODELS = {
+    "LR": {"use_fm": False, "use_deep": False, "rate": 5e-3},
+    "FM": {"use_deep": False, "rate": 5e-3},
+    "DNN": {"use_linear": False, "use_fm": False, "rate": 2e-3, "l2_embedding": 1e-3},
+    "DeepFM": {"rate": 2e-3, "l2_embedding": 1e-3},
+}
+
+
+def auc(labels, scores):
+    """Area under the ROC curve, by ranks."""
+    ranks, positives = pd.Series(scores).rank().to_numpy(), labels.sum()
+    negatives = len(labels) - positives
+    return (ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def logloss(labels, scores):
+    """Mean cross-entropy."""
+    scores = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
+    return -np.mean(np.where(labels == 1, np.log(scores), np.log1p(-scores)))
+
+
+def prepare(path):
+    """(feature dictionary, {part: ((indices, values), labels)}): fitted on the training part alone."""
+    table = datasets.movielens_100k(path)
+    rest, test = datasets.hold_out(table, per_user=10, seed=0)
+    in_validation = np.random.default_rng(0).random(len(rest)) < 0.1
+    parts = {"train": rest[~in_validation], "validation": rest[in_validation], "test": test}
+    features = FeatureDictionary().fit(parts["train"], categorical=CATEGORICAL, multivalued=["genres"])
+    return features, {name: (features.transform(p), p["label"].to_numpy()) for name, p in parts.items()}
+
+
+def build(features, kind, seed):
+    """One of the four models, compiled."""
+    settings = dict(MODELS[kind])
+    rate = settings.pop("rate")
+    model = DeepFM(
+        features.num_features,
+        features.num_fields,
+        embedding_dim=16,
+        hidden_units=(128,),
+        field_sizes=features.field_sizes,
+        l2_linear=1e-5,
+        seed=seed,
+        name=kind,
+        **settings,
+    )
+    model.compile(optimizer=keras.optimizers.Adam(rate), loss="binary_crossentropy")
+    return model
+
+
+class Progress(keras.callbacks.Callback):
+    """Prints an epoch a line, and keeps the curves."""
+
+    def __init__(self, validation):
+        super().__init__()
+        self.inputs, self.labels = validation
+        self.curve = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        scores = self.model.predict(self.inputs, batch_size=8192, verbose=0).ravel()
+        self.curve.append((logs["loss"], logs["val_loss"], auc(self.labels, scores)))
+        loss, val_loss, val_auc = self.curve[-1]
+        print(
+            f"  {self.model.name:6s} epoch {epoch + 1:2d}: training loss {loss:.4f}, "
+            f"validation loss {val_loss:.4f}, validation AUC {val_auc:.4f}",
+            flush=True,
+        )
+
+
+def train(features, parts, kind, seed):
+    """(test AUC, test logloss, curve) after early stopping on the validation part."""
+    keras.utils.set_random_seed(seed)
+    model = build(features, kind, seed)
+    progress = Progress(parts["validation"])
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=3, restore_best_weights=True)
+    model.fit(
+        *parts["train"],
+        validation_data=parts["validation"],
+        batch_size=BATCH,
+        validation_batch_size=8192,
+        epochs=60,
+        verbose=0,
+        callbacks=[progress, stop],
+    )
+    inputs, labels = parts["test"]
+    scores = model.predict(inputs, batch_size=8192, verbose=0).ravel()
+    return auc(labels, scores), logloss(labels, scores), progress.curve
+
+
+def compare_speed(features, parts, rounds=30):
+    """Median seconds of the op and of the fallback: forward and gradient on a batch of this model."""
+    (indices, values), _ = parts["train"]
+    inputs = (tf.constant(indices[:BATCH]), tf.constant(values[:BATCH]))
+    steps = {}
+    for backend in ("auto", "reference"):
+        layer = FMInteraction(
+            features.num_features, 16, return_embeddings=True, field_sizes=features.field_sizes, backend=backend
+        )
+        layer.build()
+
+        def step(layer=layer):
+            with tf.GradientTape() as tape:
+                embeddings, y = layer(inputs)
+                loss = tf.reduce_sum(y) + tf.reduce_sum(embeddings)
+            gradient = tape.gradient(loss, layer.embeddings.value)
+            return gradient.indices, gradient.values
+
+        steps[backend] = tf.function(step)
+    seconds = {backend: [] for backend in steps}
+    for _ in range(rounds):
+        for backend, step in steps.items():
+            step()  # warm, so that neither side pays for the other's turn
+            start = time.perf_counter()
+            step()
+            seconds[backend].append(time.perf_counter() - start)
+    return {backend: statistics.median(times) for backend, times in seconds.items()}
+
+
+def draw(curves, path):
+    """The learning curves of one seed, as a PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for kind, curve in curves.items():
+        loss, val_loss, val_auc = zip(*curve, strict=True)
+        epochs = range(1, len(loss) + 1)
+        (line,) = left.plot(epochs, val_loss, label=kind)
+        left.plot(epochs, loss, color=line.get_color(), linestyle=":")
+        right.plot(epochs, val_auc, color=line.get_color(), label=kind)
+    left.set(xlabel="epoch", ylabel="loss (with penalties)", title="validation (line) and training (dots)")
+    right.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
+    right.legend()
+    figure.suptitle("MovieLens-100k: rating of 4 or more")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1, help="train every model this many times")
+    parser.add_argument("--data", help="folder with MovieLens-100k; default: the user's cache, or a download")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("demo-output"))
+    arguments = parser.parse_args()
+
+    print(datasets.TERMS)
+    features, parts = prepare(arguments.data)
+    sizes = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in parts.items())
+    print(f"{sizes} ratings; {features.num_features:,} features in {features.num_fields} fields")
+    results, curves = {kind: [] for kind in MODELS}, {}
+    for seed in range(arguments.seeds):
+        for kind in MODELS:
+            print(f"{kind}, seed {seed}")
+            test_auc, test_logloss, curve = train(features, parts, kind, seed)
+            results[kind].append((test_auc, test_logloss))
+            curves.setdefault(kind, curve)
+
+    print(f"\n{'model':8s} {'test AUC':>9s} {'logloss':>9s}   (mean of {arguments.seeds} seed(s))")
+    for kind, pairs in results.items():
+        means = np.mean(pairs, axis=0)
+        each = ", ".join(f"{a:.4f}" for a, _ in pairs)
+        print(f"{kind:8s} {means[0]:9.4f} {means[1]:9.4f}   AUC by seed: {each}")
+
+    info = deepfm_ops.native_info()
+    seconds = compare_speed(features, parts)
+    picture = arguments.output / "learning_curves.png"
+    draw(curves, picture)
+    if info["native"]:
+        print(
+            f"\nThe native op was in use ({info['instruction_set']}, {info['threads']} threads): forward and gradient of "
+            f"a batch of {BATCH} took {seconds['auto'] * 1e3:.2f} ms, "
+            f"{seconds['reference'] / seconds['auto']:.1f} times faster than the fallback's "
+            f"{seconds['reference'] * 1e3:.2f} ms."
+        )
+    else:
+        print(f"\nThe fallback was in use: {info['reason']}")
+    print(f"Learning curves: {picture}")
+
+
+if __name__ == "__main__":
+    main()

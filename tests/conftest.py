@@ -1,0 +1,21 @@
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import numpy as np
+import pytest
+from testing import FUNCTIONS
+
+
+@pytest.fixture(params=FUNCTIONS, name="fm")
+def _fm(request):
+    """`fm_interaction`, of the package and of the reference."""
+    return FUNCTIONS[request.param]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2010)

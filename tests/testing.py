@@ -1,0 +1,77 @@
+"""What the tests share: the oracle, the inputs' forms, tolerances."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+import deepfm_ops
+from deepfm_ops import _library, reference
+
+REFERENCE_MODE = os.environ.get("DEEPFM_OPS_BACKEND") == "reference"
+FUNCTIONS = {"op": deepfm_ops.fm_interaction, "reference": reference.fm_interaction}
+DTYPES = {"float32": tf.float32, "float64": tf.float64, "bfloat16": tf.bfloat16, "float16": tf.float16}
+
+
+def runnable_instruction_sets():
+    """The builds of the native loops that this machine runs; none in reference mode."""
+    if REFERENCE_MODE:
+        return []
+    names, before = [], _library.instruction_set()
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            _library.instruction_set(name)
+            names.append(name)
+        except ValueError:
+            pass
+    _library.instruction_set(before)
+    return names
+
+
+def oracle(table, samples, output="scalar"):
+    """The definition, in float64: the sum over all pairs of fields, not the shortcut.
+
+    Args:
+        table: [V, K].
+        samples: per sample a list of fields, each a list of (index, value).
+        output: "scalar" or "vector".
+
+    """
+    table = np.asarray(table, np.float64)
+    result = np.zeros((len(samples), table.shape[1]))
+    for b, fields in enumerate(samples):
+        e = [sum((np.float64(x) * table[i] for i, x in field), np.zeros(table.shape[1])) for field in fields]
+        for f in range(len(e)):
+            for h in range(f + 1, len(e)):
+                result[b] += e[f] * e[h]
+    return result if output == "vector" else result.sum(1, keepdims=True)
+
+
+def dense_samples(indices, values=None):
+    values = np.ones_like(indices, float) if values is None else values
+    return [[[(i, x)] for i, x in zip(row, xs, strict=True)] for row, xs in zip(indices, values, strict=True)]
+
+
+def ragged_samples(indices, values, row_splits):
+    return [
+        [[(indices[p], values[p])] for p in range(a, b)] for a, b in zip(row_splits[:-1], row_splits[1:], strict=True)
+    ]
+
+
+def tolerance(dtype, samples, table):
+    """A bound from the accumulation's epsilon and the magnitude of what is summed."""
+    eps = 1e-15 if dtype == "float64" else 1.2e-7
+    largest = max((abs(x) for fields in samples for field in fields for _, x in field), default=1.0)
+    fields = max((len(fields) for fields in samples), default=1)
+    magnitude = (fields * largest * max(1e-3, float(np.abs(np.asarray(table, float)).max(initial=0)))) ** 2
+    return 8 * eps * magnitude * max(1, np.shape(table)[1])
+
+
+def run_python(code, **environment):
+    """Runs `code` in a fresh process and returns what it printed."""
+    env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
