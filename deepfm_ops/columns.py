@@ -19,7 +19,8 @@ def column_to_config(column):
         ("transform_fn", keras.saving.serialize_keras_object),
     ):
         if config.get(key) is not None and not isinstance(config[key], str | dict):
-            config[key] = serialize(config[key])
+            config[key] = dict(serialize(config[key]))
+            config[key].pop("shared_object_id", None)  # Keras numbers objects while it saves
     return {"kind": type(column).__name__, **config}
 
 
@@ -149,7 +150,7 @@ class ColumnEncoder(keras.layers.Layer):
                 first = tf.argmax(tf.cast((flat < 0) | (flat >= column.vocabulary_size), tf.int32))
                 return first // tf.shape(x, tf.int64)[1], flat[first], column.vocabulary_size
 
-            text = f"column {column.name!r}: index in row {{}} = {{}} is not in [0, {{}})"
+            text = f"column {column.name}: index in row {{}} = {{}} is not in [0, {{}})"
             with tf.control_dependencies(_inputs.require(good, text, shown)):
                 return tf.identity(x)
         x = x if x.dtype == tf.string else tf.strings.as_string(x)

@@ -326,6 +326,9 @@ class ColumnDeepFM(_ConfiguredModel):
         linear = [_columns.column_from_config(column) for column in linear_feature_columns]
         dnn = [_columns.column_from_config(column) for column in dnn_feature_columns]
         linear, dnn = linear if use_linear else [], dnn if use_fm or use_deep else []
+        specs = input_specs([*linear, *dnn])
+        if not specs:
+            raise ValueError("the model needs at least one feature column in a part that is in use")
         config = {
             "linear_feature_columns": [_columns.column_to_config(column) for column in linear],
             "dnn_feature_columns": [_columns.column_to_config(column) for column in dnn],
@@ -346,9 +349,6 @@ class ColumnDeepFM(_ConfiguredModel):
             "use_deep": use_deep,
             "backend": backend,
         }
-        specs = input_specs([*linear, *dnn])
-        if not specs:
-            raise ValueError("the model needs at least one feature column in a part that is in use")
         with _dtype_policy(dtype):
             inputs = {key: keras.Input(shape, dtype=kind, name=key) for key, (shape, kind) in specs.items()}
             encoders = {}
@@ -492,10 +492,11 @@ def _linear_parts(inputs, columns, l2, seed, backend, encoders):
     """The first order: sparse columns with a weight per row, dense columns with a kernel."""
     parts = []
     sparse = [column for column in columns if not isinstance(column, DenseFeat)]
-    for (_, trainable), members in _tables(sparse, lambda column: 1):
+    for number, ((_, trainable), members) in enumerate(_tables(sparse, lambda column: 1)):
         plan = _columns.TablePlan(members, keras.initializers.Zeros())
         indices, values, mask = _encoded(inputs, members, encoders)
         shared = {"field_sizes": plan.field_sizes, "backend": backend, "trainable": trainable}
+        shared["name"] = f"first_order_{number}"
         if any(map(_is_max, members)):
             weights, _ = FMInteraction(
                 plan.num_rows,

@@ -1,0 +1,197 @@
+"""DeepFM over matrices: parts, training, saving, exporting, policies."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from testing import dense_samples, oracle, run_python
+
+import deepfm_ops
+from deepfm_ops import DeepFM
+
+
+@pytest.fixture
+def data(rng):
+    indices, values = rng.integers(0, 60, (64, 5)), rng.normal(size=(64, 5)).astype("f")
+    return (indices, values), rng.integers(0, 2, 64)
+
+
+def small(**arguments):
+    return DeepFM(60, 5, **{"embedding_dim": 4, "hidden_units": (8, 6), "seed": 1, **arguments})
+
+
+PARTS = {
+    "LR": {"use_fm": False, "use_deep": False},
+    "FM": {"use_deep": False},
+    "DNN": {"use_linear": False, "use_fm": False},
+    "DeepFM": {},
+    "regression": {"task": "regression"},
+    "everything": {"batch_norm": True, "dropout": 0.3, "activation": "tanh", "l2_linear": 1e-3, "l2_embedding": 1e-3},
+    "fields": {"num_fields": 3, "field_sizes": [1, 3, 1]},
+    "l2_deep": {"l2_deep": 1e-3},
+    "reference": {"backend": "reference"},
+}
+
+
+def make(kind):
+    arguments = dict(PARTS[kind])
+    num_fields = arguments.pop("num_fields", 5)
+    return DeepFM(60, num_fields, **{"embedding_dim": 4, "hidden_units": (8, 6), "seed": 1, **arguments})
+
+
+def test_the_formula(data, rng):
+    """Y = sigmoid(w0 + y1 + y2 + MLP), part by part, in NumPy."""
+    (indices, values), _ = data
+    model = small()
+    for weight in model.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    w = {weight.path: weight.numpy().astype(float) for weight in model.weights}
+    e = w["fm/embeddings"][indices] * values[..., None]
+    x = e.reshape(64, -1)
+    for i in range(2):
+        x = np.maximum(0, x @ w[f"hidden_{i}/kernel"] + w[f"hidden_{i}/bias"])
+    first = (w["first_order/w"][indices, 0] * values).sum(1, keepdims=True)
+    second = oracle(w["fm/embeddings"], dense_samples(indices, values))
+    logits = w["head/bias"] + first + second + x @ w["deep/kernel"]
+    np.testing.assert_allclose(model.predict(data[0], verbose=0), 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_trains_saves_loads_and_exports(kind, data, tmp_path):
+    inputs, labels = data
+    model = make(kind)
+    model.compile("adam", "mse" if kind == "regression" else "binary_crossentropy", metrics=["mae"])
+    before = model.predict(inputs, verbose=0)
+    history = model.fit(inputs, labels, epochs=20, batch_size=16, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    scores = model.predict(inputs, verbose=0)
+    assert scores.shape == (64, 1) and scores.dtype == np.float32 and np.abs(scores - before).max() > 1e-3
+    assert model.jit_compile is False
+
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.get_config() == model.get_config()
+    np.testing.assert_array_equal(again.predict(inputs, verbose=0), scores)
+    again.fit(inputs, labels, epochs=1, verbose=0)  # the optimizer came along
+
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = make(kind)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(fresh.predict(inputs, verbose=0), scores)
+
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    served = exported.serve((tf.constant(inputs[0]), tf.constant(inputs[1])))
+    np.testing.assert_allclose(served, scores, rtol=1e-6)
+
+
+def test_loads_in_a_fresh_process(data, tmp_path):
+    (indices, values), _ = data
+    model = small()
+    scores = model.predict((indices, values), verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.export(tmp_path / "exported", verbose=False)
+    np.savez(tmp_path / "data.npz", indices=indices, values=values, scores=scores)
+    code = f"""
+import keras, numpy as np, tensorflow as tf, deepfm_ops.ops
+data = np.load({str(tmp_path / "data.npz")!r})
+inputs = (data["indices"], data["values"])
+exported = tf.saved_model.load({str(tmp_path / "exported")!r})
+served = exported.serve(tuple(tf.constant(x) for x in inputs))
+import deepfm_ops.models
+scores = keras.models.load_model({str(tmp_path / "model.keras")!r}).predict(inputs, verbose=0)
+print(np.abs(scores - data["scores"]).max() < 1e-6, np.abs(served - data["scores"]).max() < 1e-6)
+"""
+    assert run_python(code).split()[-2:] == ["True", "True"]
+
+
+def test_one_seed_gives_one_model(data):
+    inputs, labels = data
+    results = []
+    for seed in (1, 1, 2):
+        keras.utils.set_random_seed(seed)
+        model = small(seed=seed, dropout=0.5)
+        model.compile("adam", "binary_crossentropy")
+        model.fit(inputs, labels, epochs=3, verbose=0)
+        results.append(model.predict(inputs, verbose=0))
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.abs(results[0] - results[2]).max() > 1e-4
+    kernels = [w.numpy().ravel() for w in small().weights if "kernel" in w.path]
+    assert len({k[0] for k in kernels}) == len(kernels)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_dtype_policies(policy, data, tmp_path):
+    inputs, labels = data
+    model = small(dtype=policy)
+    assert keras.config.dtype_policy().name == "float32"
+    assert model.get_layer("hidden_0").dtype_policy.name == policy
+    model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy")
+    history = model.fit(inputs, labels, epochs=15, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    scores = model.predict(inputs, verbose=0)
+    assert scores.dtype == np.float32
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.get_layer("hidden_0").dtype_policy.name == policy
+    np.testing.assert_array_equal(again.predict(inputs, verbose=0), scores)
+    keras.config.set_dtype_policy(policy)
+    try:
+        assert small().get_layer("hidden_0").dtype_policy.name == policy
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_the_loss_uses_the_logits(data):
+    """With a bias of 200 the probability is 1 in float32; a label of 0 must still cost 200, with a gradient."""
+    model = small(use_fm=False, use_deep=False)
+    model.get_layer("head").bias.assign([200.0])
+    model.compile(keras.optimizers.SGD(1.0), "binary_crossentropy")
+    assert model.train_on_batch(data[0], np.zeros(64)) == pytest.approx(200, rel=1e-3)
+    np.testing.assert_allclose(model.get_layer("head").bias.numpy(), [199.0], rtol=1e-3)
+
+
+def test_the_gradient_of_the_model_is_sparse(data):
+    inputs, _ = data
+    model = small()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model([tf.constant(x) for x in inputs]))
+    gradients = tape.gradient(loss, [w.value for w in model.trainable_weights])
+    kinds = {w.path: type(g).__name__ for w, g in zip(model.trainable_weights, gradients, strict=True)}
+    assert kinds.pop("fm/embeddings") == kinds.pop("first_order/w") == "IndexedSlices"
+    assert "IndexedSlices" not in kinds.values()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"use_linear": False, "use_fm": False, "use_deep": False}, "at least one of use_linear, use_fm and use_deep"),
+        ({"task": "multiclass"}, "task must be one of binary, regression, got 'multiclass'"),
+        ({"field_sizes": [1, 2]}, "field_sizes must have num_fields = 5 entries, got 2"),
+        ({"embedding_dim": 0}, "embedding_dim must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small(**arguments)
+
+
+def test_bad_inputs(data):
+    (indices, values), _ = data
+    model = small()
+    with pytest.raises(ValueError, match="incompatible|[Ii]nvalid"):
+        model.predict((indices[:, :4], values[:, :4]), verbose=0)
+    indices = indices.copy()
+    indices[2, 1] = 60
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"indices\[2,1\] = 60 is not in \[0, 60\)"):
+        model.predict((indices, values), verbose=0)
+
+
+def test_public_names():
+    for name in deepfm_ops.__all__:
+        assert getattr(deepfm_ops, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        deepfm_ops.nothing  # noqa: B018
+    assert (
+        run_python("import sys, deepfm_ops, deepfm_ops.features; print('tensorflow' in sys.modules)").strip() == "False"
+    )
