@@ -94,7 +94,7 @@ if not COMPILE:  # nothing stale may be taken for this build's
     for name in ("_native.so", "_build_info.json"):
         (ROOT / "deepfm_ops" / name).unlink(missing_ok=True)
 
-TEST = ["pytest", "hypothesis", "pandas", "matplotlib", "ruff", "clang-format"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", "ruff", "clang-format"]
 setup(
     version=VERSIONS["__version__"],
     ext_modules=[Extension("deepfm_ops._native", sources=[])] if COMPILE else [],

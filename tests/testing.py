@@ -69,9 +69,11 @@ def tolerance(dtype, samples, table):
     return 8 * eps * magnitude * max(1, np.shape(table)[1])
 
 
-def run_python(code, **environment):
-    """Runs `code` in a fresh process and returns what it printed."""
+def run_python(code, folder=None, **environment):
+    """Runs `code` in a fresh process, in `folder`, and returns what it printed."""
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

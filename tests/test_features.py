@@ -1,0 +1,164 @@
+"""FeatureDictionary: numbering, missing and unseen values, files, bad input."""
+
+import datetime
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepfm_ops import FeatureDictionary
+
+
+@pytest.fixture
+def frame():
+    return pd.DataFrame(
+        {
+            "city": ["Rome", "Oslo", None, "Rome"],
+            "user": [7, 7, 9, 8],
+            "age": [0.5, np.nan, 2.0, -1.0],
+            "tags": ["a|b", "", None, "b|c|a"],
+        }
+    )
+
+
+COLUMNS = {"categorical": ["city", "user"], "numeric": ["age"], "multivalued": ["tags"]}
+
+
+def test_numbering(frame):
+    features = FeatureDictionary()
+    indices, values = features.fit_transform(frame, **COLUMNS)
+    # 1 Oslo, 2 Rome, 3..5 users 7, 8, 9, 6 age, 7..9 tags a, b, c
+    assert (features.num_features, features.num_fields, features.num_columns) == (10, 4, 6)
+    assert features.field_sizes == [1, 1, 1, 3]
+    assert indices.dtype == np.int64 and values.dtype == np.float32
+    np.testing.assert_array_equal(
+        indices, [[2, 3, 6, 7, 8, 0], [1, 3, 0, 0, 0, 0], [0, 5, 6, 0, 0, 0], [2, 4, 6, 8, 9, 7]]
+    )
+    third = np.float32(1 / 3)
+    np.testing.assert_array_equal(
+        values,
+        [[1, 1, 0.5, 0.5, 0.5, 0], [1, 1, 0, 0, 0, 0], [0, 1, 2, 0, 0, 0], [1, 1, -1, third, third, third]],
+    )
+
+
+def test_unseen_and_missing_values_become_zero(frame):
+    features = FeatureDictionary().fit(frame, **COLUMNS)
+    new = pd.DataFrame(
+        {
+            "city": ["Paris", pd.NA, "Oslo"],
+            "user": [100, np.nan, 8.0],  # pandas made floats of the integers
+            "age": [np.nan, 1.0, 2.0],
+            "tags": ["x|y", ["a", "x"], ("c", None, "b", "a", "a", "a")],
+        }
+    )
+    indices, values = features.transform(new)
+    np.testing.assert_array_equal(indices, [[0, 0, 0, 0, 0, 0], [0, 0, 6, 7, 0, 0], [1, 4, 6, 9, 8, 7]])
+    assert values[0].tolist() == [0] * 6 and values[1].tolist() == [0, 0, 1, 1, 0, 0]
+    assert indices.max() < features.num_features
+
+
+def test_other_kinds_of_columns(frame):
+    """A dict of arrays, categoricals, nullable and boolean columns, lists."""
+    arrays = {
+        "c": np.array(["x", "y", "x"]),
+        "k": pd.Categorical([3, 1, 3]),
+        "i": pd.array([1, None, 2], dtype="Int64"),
+        "b": [True, False, True],
+        "n": [1, 2, 3],
+        "m": [np.array([1, 2]), [2], {1}],
+    }
+    features = FeatureDictionary()
+    indices, values = features.fit_transform(arrays, categorical=["c", "k", "i", "b"], numeric=["n"], multivalued=["m"])
+    np.testing.assert_array_equal(indices, [[1, 4, 5, 8, 9, 10, 11], [2, 3, 0, 7, 9, 11, 0], [1, 4, 6, 8, 9, 10, 0]])
+    np.testing.assert_array_equal(values[:, 4], [1, 2, 3])
+
+
+def test_empty_and_single_rows(frame):
+    features = FeatureDictionary().fit(frame, **COLUMNS)
+    indices, values = features.transform(frame.iloc[:0])
+    assert indices.shape == values.shape == (0, 6)
+    np.testing.assert_array_equal(features.transform(frame.iloc[[3]])[0], features.transform(frame)[0][[3]])
+
+
+def test_saved_as_json(frame, tmp_path):
+    features = FeatureDictionary().fit(frame, **COLUMNS)
+    path = tmp_path / "features.json"
+    features.save(path)
+    assert json.loads(path.read_text())["format"] == 1
+    again = FeatureDictionary.load(path)
+    assert again.num_features == features.num_features and again.field_sizes == features.field_sizes
+    for a, b in zip(again.transform(frame), features.transform(frame), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_data_give_equal_numbers(frame):
+    a = FeatureDictionary().fit(frame, **COLUMNS)
+    b = FeatureDictionary().fit(frame.iloc[::-1], **COLUMNS)
+    np.testing.assert_array_equal(a.transform(frame)[0], b.transform(frame)[0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"format": 2, "separator": "|", "fields": []}',
+        '{"format": 1, "fields": 3}',
+        "x" * 99,
+        '{"format": 1, "separator": "|", "fields": [{"name": "a", "kind": "numeric", "size": 1, "start": 5, "values": []}]}',
+    ],
+)
+def test_damaged_file(content, tmp_path):
+    path = tmp_path / "features.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="features.json is not a readable FeatureDictionary"):
+        FeatureDictionary.load(path)
+    with pytest.raises(FileNotFoundError):
+        FeatureDictionary.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "columns", "error", "message"),
+    [
+        (lambda f: f.iloc[:0], COLUMNS, ValueError, "cannot fit on a table without rows"),
+        (lambda f: f, {}, ValueError, "fit needs at least one column name"),
+        (lambda f: f, {"categorical": ["town"]}, KeyError, "column 'town' is missing; the table has"),
+        (
+            lambda f: f,
+            {"categorical": ["city"], "multivalued": ["city"]},
+            ValueError,
+            r"named more than once: \['city'\]",
+        ),
+        (lambda f: f, {"numeric": ["city"]}, TypeError, "column 'city' must hold numbers"),
+        (lambda f: {"a": [1, 2], "b": [1]}, {"numeric": ["a", "b"]}, ValueError, "columns must be equally long"),
+        (lambda f: {"a": ["x"]}, {"numeric": ["a"]}, TypeError, "column 'a' must hold numbers"),
+        (
+            lambda f: {"a": [3]},
+            {"multivalued": ["a"]},
+            TypeError,
+            "column 'a': an entry must be a list or a string, got 3",
+        ),
+        (
+            lambda f: {"a": [datetime.date(2020, 1, 1)]},
+            {"categorical": ["a"]},
+            TypeError,
+            "column 'a': a category must be a string or a number",
+        ),
+    ],
+)
+def test_bad_tables(frame, change, columns, error, message):
+    with pytest.raises(error, match=message):
+        FeatureDictionary().fit(change(frame), **columns)
+
+
+def test_transform_needs_its_columns(frame):
+    features = FeatureDictionary().fit(frame, **COLUMNS)
+    with pytest.raises(KeyError, match="column 'age' is missing"):
+        features.transform(frame.drop(columns="age"))
+    with pytest.raises(ValueError, match="fit or load the FeatureDictionary first"):
+        FeatureDictionary().transform(frame)
+    with pytest.raises(ValueError, match="fit the FeatureDictionary before saving it"):
+        FeatureDictionary().save("nowhere.json")

@@ -1,0 +1,188 @@
+"""What a stranger installs: the wheel, the fallback without the library, versions that do not match."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from testing import REFERENCE_MODE, run_python
+
+import deepfm_ops
+from deepfm_ops import _library
+from deepfm_ops._version import TENSORFLOW
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCORE = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", level=logging.WARNING)
+import deepfm_ops
+print("from", deepfm_ops.__file__)
+for _ in range(2):
+    print(deepfm_ops.fm_interaction([[1.0, 2.0], [3.0, 4.0]], [[0, 1]]).numpy().tolist())
+info = deepfm_ops.native_info()
+print(info["native"], "|", info["reason"])
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The installed package's files, to be damaged."""
+    package = pathlib.Path(deepfm_ops.__file__).parent
+    shutil.copytree(package, tmp_path / "deepfm_ops", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def score(folder, **environment):
+    environment.setdefault("DEEPFM_OPS_BACKEND", "auto")
+    printed = run_python(SCORE, folder, **environment)
+    assert f"from {folder}" in printed
+    return printed
+
+
+def without_library(copy):
+    (copy / "deepfm_ops" / "_native.so").unlink()
+
+
+def without_anything(copy):
+    without_library(copy)
+    (copy / "deepfm_ops" / "_build_info.json").unlink()
+
+
+def other_version(copy):
+    info = copy / "deepfm_ops" / "_build_info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "tensorflow": "2.20.0"}))
+
+
+def not_a_library(copy):
+    (copy / "deepfm_ops" / "_native.so").write_bytes(b"\x7fELF and then nothing")
+
+
+def failed_build(copy):
+    without_library(copy)
+    error = {"error": "the native library could not be built: no <cstdint>"}
+    (copy / "deepfm_ops" / "_build_info.json").write_text(json.dumps(error))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (without_library, "the native library _native.so is missing; to build it: pip install"),
+        (without_anything, "deepfm_ops was installed without its native library; to build it: pip install"),
+        (
+            other_version,
+            r"the native library was built for TensorFlow 2.20.0, found 2.21.\d+; to rebuild it: pip install .*, "
+            "or install TensorFlow 2.20.0",
+        ),
+        (not_a_library, "the native library could not be loaded: .*; to rebuild it: pip install"),
+        (failed_build, "could not be built: no <cstdint>; to build it: pip install"),
+    ],
+)
+def test_falls_back_and_says_why(damage, reason, copy):
+    if not (copy / "deepfm_ops" / "_build_info.json").exists():
+        return  # a pure-Python install has nothing to damage: without_anything is what it is
+    damage(copy)
+    printed = score(copy)
+    assert printed.count("[[11.0]]") == 2
+    assert re.search(rf"^False \| .*{reason}", printed, re.MULTILINE)
+    assert printed.count("WARNING") == 1 and "Using the plain TensorFlow fallback, which is slower." in printed
+
+
+def test_the_switch(copy):
+    printed = score(copy, DEEPFM_OPS_BACKEND="reference")
+    assert "False | DEEPFM_OPS_BACKEND=reference" in printed and "WARNING" not in printed
+    if not REFERENCE_MODE:
+        assert "True | None" in score(copy, DEEPFM_OPS_BACKEND="native")
+        assert "baseline" in run_python(
+            "import deepfm_ops; print(deepfm_ops.native_info()['instruction_set'])", DEEPFM_OPS_ISA="baseline"
+        )
+    without_anything(copy)
+    with pytest.raises(AssertionError, match="RuntimeError: deepfm_ops was installed without its native library"):
+        score(copy, DEEPFM_OPS_BACKEND="native")
+    with pytest.raises(AssertionError, match="DEEPFM_OPS_BACKEND must be one of auto, native, reference, got 'fast'"):
+        score(copy, DEEPFM_OPS_BACKEND="fast")
+
+
+def test_native_info():
+    info = deepfm_ops.native_info()
+    assert info["tensorflow_found"].startswith(info["tensorflow_supported"] + ".") and info["threads"] >= 1
+    assert info["tensorflow_supported"] == TENSORFLOW and info["version"] == deepfm_ops.__version__
+    assert info["instruction_set"] in (None, "baseline", "avx2", "avx512")
+    if not REFERENCE_MODE:
+        assert info["tensorflow_built"] == info["tensorflow_found"]
+
+
+def build_wheel(tmp_path, mode, **environment):
+    """A wheel, built in a copy of the sources, with this environment's TensorFlow."""
+    source = tmp_path / "source"
+    if not source.exists():
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv", "*.so", "_build_info.json", "*.egg-info", "__pycache__", "build"
+        )
+        shutil.copytree(ROOT, source, ignore=ignored)
+        if (ROOT / "build").exists() and mode != "python":
+            shutil.copytree(ROOT / "build", source / "build")  # objects: the compiler itself is not what is tested
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    env = {**os.environ, "DEEPFM_OPS_BUILD": mode, **environment}
+    done = subprocess.run([*command, "-w", str(tmp_path), str(source)], env=env, capture_output=True, text=True)
+    return done, sorted(tmp_path.glob("*.whl"))
+
+
+def unpack(wheel, folder):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+        return archive.namelist()
+
+
+def test_wheel(tmp_path):
+    done, (wheel,) = build_wheel(tmp_path, "native")
+    assert done.returncode == 0, done.stderr
+    names = unpack(wheel, tmp_path / "site")
+    assert {"deepfm_ops/_native.so", "deepfm_ops/_build_info.json", "deepfm_ops/py.typed"} <= set(names)
+    assert not any(name.endswith((".cc", ".h")) or name.startswith("tests") for name in names)
+    metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
+    for extra, package in (("cpu", "tensorflow-cpu"), ("gpu", "tensorflow")):
+        assert re.search(rf'Requires-Dist: {package}=={TENSORFLOW}\.\*; extra == "{extra}"', metadata)
+    assert "True | None" in score(tmp_path / "site")
+
+
+@pytest.mark.parametrize("why", ["switch", "no compiler"])
+def test_pure_python_wheel(why, tmp_path):
+    environment = {"CXX": "no-such-compiler"} if why == "no compiler" else {}
+    done, (wheel,) = build_wheel(tmp_path, "python" if why == "switch" else "auto", **environment)
+    assert done.returncode == 0, done.stderr
+    assert wheel.name.endswith("py3-none-any.whl")
+    names = unpack(wheel, tmp_path / "site")
+    assert not {"deepfm_ops/_native.so", "deepfm_ops/_build_info.json"} & set(names)
+    assert "False | deepfm_ops was installed without its native library" in score(tmp_path / "site")
+
+
+def test_a_compiler_that_fails(tmp_path):
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    shutil.rmtree(tmp_path / "source", ignore_errors=True)
+    done, wheels = build_wheel(tmp_path, "native", CXX=str(compiler))
+    assert done.returncode != 0 and not wheels
+    done, (wheel,) = build_wheel(tmp_path, "auto", CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    unpack(wheel, tmp_path / "site")
+    assert re.search(r"False \| the native library could not be built: .*broken-compiler", score(tmp_path / "site"))
+
+
+def test_kernels_know_nothing_of_tensorflow():
+    for path in [*ROOT.glob("csrc/kernels/*"), *ROOT.glob("csrc/python/*")]:
+        text = path.read_text()
+        assert not re.search(r'#include\s*[<"](tensorflow|tsl|absl|Eigen|xla)', text), path
+
+
+def test_one_version_constant():
+    """TensorFlow's version stands in one place."""
+    pattern = re.compile(rf"(?<![\d.]){re.escape(TENSORFLOW)}(?![\d])")
+    places = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "Makefile", *ROOT.glob("deepfm_ops/*.py")]
+    assert [p.name for p in places if pattern.search(p.read_text())] == ["_version.py"]
+    assert _library.TENSORFLOW == TENSORFLOW
