@@ -264,9 +264,14 @@ class DeepFM(_ConfiguredModel):
             linear_feature_columns: columns of the first order.
             dnn_feature_columns: columns of the second order and the deep part.
             fm_group: names of the groups whose columns interact, each group within itself.
-            dnn_hidden_units, dnn_dropout, dnn_activation, dnn_use_bn: the MLP.
-            l2_reg_linear, l2_reg_embedding, l2_reg_dnn: L2 strengths.
+            dnn_hidden_units: widths of the MLP's layers.
+            l2_reg_linear: L2 strength on the first order; on whole tables, as in DeepCTR.
+            l2_reg_embedding: L2 strength on the embeddings, likewise.
+            l2_reg_dnn: L2 strength on the MLP's kernels.
             seed: int for repeatable initial weights and dropout, or None.
+            dnn_dropout: rate after each hidden layer.
+            dnn_activation: of the hidden layers.
+            dnn_use_bn: normalize before each activation.
             task: "binary" or "regression".
             **flags: use_linear, use_fm, use_deep (all True) and backend ("auto").
 

@@ -71,7 +71,7 @@ def interaction(table, pairs, output, *, field_splits=(), return_embeddings=Fals
     """
     native = _library.native_ops(backend)
     is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)
-    if native is None or (isinstance(table, tf.Variable) and not is_variable):
+    if native is None or (isinstance(table, tf.Variable) and (not is_variable or _on_gpu(table))):
         result, embeddings = reference.interaction(table, pairs, output, field_splits)
         return result, embeddings if return_embeddings else None
     if is_variable:
@@ -94,6 +94,11 @@ def interaction(table, pairs, output, *, field_splits=(), return_embeddings=Fals
         **table_dtype,
     )
     return result, embeddings if return_embeddings else None
+
+
+def _on_gpu(variable):
+    """Whether the variable lives where the native op has no kernel."""
+    return "GPU" in (variable.device or "").upper()
 
 
 def _split(op, inputs):

@@ -156,6 +156,8 @@ def draw(curves, path):
     left.set(xlabel="epoch", ylabel="loss (with penalties)", title="validation (line) and training (dots)")
     right.set(xlabel="epoch", ylabel="AUC", title="validation AUC")
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle("MovieLens-100k: rating of 4 or more")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -192,8 +194,8 @@ def main():
     draw(curves, picture)
     if info["native"]:
         print(
-            f"\nThe native op was in use ({info['instruction_set']}, {info['threads']} threads): forward and gradient of "
-            f"a batch of {BATCH} took {seconds['auto'] * 1e3:.2f} ms, "
+            f"\nThe native op was in use ({info['instruction_set']}, {info['threads']} threads): forward and gradient "
+            f"of a batch of {BATCH} took {seconds['auto'] * 1e3:.2f} ms, "
             f"{seconds['reference'] / seconds['auto']:.1f} times faster than the fallback's "
             f"{seconds['reference'] * 1e3:.2f} ms."
         )

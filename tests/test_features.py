@@ -108,7 +108,7 @@ def test_equal_data_give_equal_numbers(frame):
         '{"format": 2, "separator": "|", "fields": []}',
         '{"format": 1, "fields": 3}',
         "x" * 99,
-        '{"format": 1, "separator": "|", "fields": [{"name": "a", "kind": "numeric", "size": 1, "start": 5, "values": []}]}',
+        '{"format": 1, "separator": "|", "fields": [{"name": "a", "kind": "numeric", "size": 1, "start": 5}]}',
     ],
 )
 def test_damaged_file(content, tmp_path):

@@ -281,6 +281,9 @@ def test_one_row_and_empty_ragged_samples(fm):
     np.testing.assert_array_equal(y, [[0], [13], [0], [0]])
     y = fm(table, np.zeros(0, np.int64), row_splits=[0])
     assert y.shape == (0, 1)
+    np.testing.assert_array_equal(fm(np.zeros((3, 0), "f"), [[0, 2]]), [[0]])
+    with pytest.raises(I, match=r"indices\[0,1\] = 3 is not in"):
+        fm(np.zeros((3, 0), "f"), [[0, 3]])
 
 
 def test_non_contiguous_and_misaligned_arrays(fm, rng):
@@ -439,6 +442,13 @@ def test_raw_op_rejects_what_python_would_have_caught():
         with pytest.raises(error):
             acc = tf.float64 if dtype == tf.float64 else tf.float32
             native.deepfm_ops_resource_fm_interaction(**{**good, "table": table, "T": dtype, "Tacc": acc})
+
+
+def test_a_table_on_a_gpu_is_left_to_tensorflow():
+    class Variable:
+        device = "/job:localhost/replica:0/task:0/device:GPU:0"
+
+    assert ops._on_gpu(Variable) and not ops._on_gpu(tf.Variable(TABLE))
 
 
 def test_backend_argument():

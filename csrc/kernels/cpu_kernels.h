@@ -18,7 +18,8 @@ struct PairMap {
 };
 
 struct CpuKernels {
-  void (*forward[4][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
+  // Returns -1, or the first p of these samples with indices[p] out of range.
+  int64_t (*forward[4][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
   void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group);
 };
 

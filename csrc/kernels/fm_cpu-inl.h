@@ -17,7 +17,8 @@ constexpr int kMaxVecs = kVecBytes == 64 ? 8 : 4;
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline void PrefetchRow(const char* row, int64_t bytes) {
+// Always inlined: as a function of its own it has no effect that GCC counts, and calls to it are dropped.
+static inline __attribute__((always_inline)) void PrefetchRow(const char* row, int64_t bytes) {
   for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
 }
 
@@ -26,6 +27,12 @@ static inline void PrefetchRow(const char* row, int64_t bytes) {
 static inline int64_t PrefetchDistance(int64_t row_bytes) {
   const int64_t rows = 2048 / row_bytes;
   return rows > 32 ? 32 : rows < 4 ? 4 : rows;
+}
+
+static inline int64_t PositionOf(const PairPositions& positions, int64_t j) {
+  uint64_t word;
+  __builtin_memcpy(&word, positions.base + j * positions.stride, sizeof(word));
+  return static_cast<int64_t>(word & positions.mask);
 }
 
 static inline int64_t SampleOf(const PairMap& map, int64_t p) {
@@ -123,7 +130,7 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
     const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
     const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
     V s[kVecs] = {}, q[kVecs] = {};
-    auto prefetch = [&](int64_t p) {
+    auto prefetch = [&](int64_t p) __attribute__((always_inline)) {
       if (first == 0 && p + distance < shape.num_pairs)
         PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<uint64_t>(indices[p + distance]) * row_bytes,
                     row_bytes);
@@ -181,17 +188,38 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
   }
 }
 
-// Samples [begin, end), whose indices are in range.
+// The first p in [begin, end) with indices[p] outside [0, num_rows), or -1.
+template <typename I>
+static int64_t FirstOutOfRange(const I* indices, int64_t begin, int64_t end, int64_t num_rows) {
+  bool bad = false;
+  for (int64_t p = begin; p < end; ++p)
+    bad |= static_cast<uint64_t>(static_cast<int64_t>(indices[p])) >= static_cast<uint64_t>(num_rows);
+  if (!bad) return -1;
+  while (static_cast<uint64_t>(static_cast<int64_t>(indices[begin])) < static_cast<uint64_t>(num_rows)) ++begin;
+  return begin;
+}
+
 template <typename T, typename I>
-static void Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
-  const bool one_block = a.shape.dim <= kMaxVecs * kLanes<T>;
-  // With several blocks a sample's rows are read once per block, so they must still be in cache.
-  const int64_t step = one_block ? end - begin : 1;
-  for (int64_t b = begin; b < end; b += step) {
-    ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
-      ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, first, tail);
-    });
+static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+  const FmShape& shape = a.shape;
+  const bool one_block = shape.dim <= kMaxVecs * kLanes<T>;
+  // Indices are checked a stretch ahead of their use, which brings them into cache. With several
+  // blocks of columns a sample's rows are read once per block, so they must still be in cache.
+  constexpr int64_t kStretch = 32;
+  for (int64_t b = begin; b < end; b += kStretch) {
+    const int64_t stop = Min(b + kStretch, end);
+    const int64_t first_pair = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
+    const int64_t last_pair = shape.row_splits ? shape.row_splits[stop] : stop * shape.pairs_per_sample;
+    const int64_t bad = FirstOutOfRange(static_cast<const I*>(a.indices), first_pair, last_pair, shape.num_rows);
+    if (bad >= 0) return bad;
+    const int64_t step = one_block ? stop - b : 1;
+    for (int64_t c = b; c < stop; c += step) {
+      ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+        ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, c, c + step, first, tail);
+      });
+    }
   }
+  return -1;
 }
 
 // One block of columns, groups [begin, end).
@@ -212,7 +240,7 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
   A* d_values = static_cast<A*>(a.d_values);
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
-  const int64_t* positions = a.groups->positions();
+  const PairPositions positions = a.groups->positions();
   const int64_t stop = starts[end];
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
   const int64_t distance = PrefetchDistance(row_bytes);
@@ -226,11 +254,11 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
     LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
       if (first == 0 && j + distance < stop) {
-        const int64_t ahead = positions[j + distance];
+        const int64_t ahead = PositionOf(positions, j + distance);
         if (sums) PrefetchRow(reinterpret_cast<const char*>(sums + SampleOf(map, ahead) * dim), dim * sizeof(A));
         if (de) PrefetchRow(reinterpret_cast<const char*>(de + FieldOf(map, ahead) * dim), dim * sizeof(A));
       }
-      const int64_t p = positions[j];
+      const int64_t p = PositionOf(positions, j);
       const int64_t b = SampleOf(map, p);
       const A x = values ? values[p] : A(1);
       V d[kVecs];

@@ -1,7 +1,7 @@
 // Shares the CPU kernels' work out to threads: forward by samples, gradient by groups.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <memory>
 
 #include "cpu_kernels.h"
 #include "fm.h"
@@ -12,11 +12,11 @@ namespace {
 // Table elements per task, about 20 microseconds of work: less does not pay for waking a thread.
 constexpr int64_t kGrainElements = 1 << 16;
 
-PairMap MakePairMap(const FmShape& shape, std::unique_ptr<int64_t[]>* samples, std::unique_ptr<int32_t[]>* fields,
+PairMap MakePairMap(const FmShape& shape, Scratch<int64_t>* samples, Scratch<int32_t>* fields,
                     const Parallel& parallel) {
   PairMap map = {shape.pairs_per_sample, 0, nullptr, nullptr, shape.num_fields};
   if (shape.row_splits) {
-    samples->reset(new int64_t[shape.num_pairs]);
+    *samples = Scratch<int64_t>(shape.num_pairs);
     int64_t* out = samples->get();
     parallel.For(shape.num_samples, 1 << 12, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) std::fill(out + shape.row_splits[b], out + shape.row_splits[b + 1], b);
@@ -26,7 +26,7 @@ PairMap MakePairMap(const FmShape& shape, std::unique_ptr<int64_t[]>* samples, s
     map.reciprocal = ~uint64_t{0} / static_cast<uint64_t>(shape.pairs_per_sample) + 1;
   }
   if (shape.field_splits) {
-    fields->reset(new int32_t[shape.pairs_per_sample]);
+    *fields = Scratch<int32_t>(shape.pairs_per_sample);
     for (int64_t f = 0; f < shape.num_fields; ++f)
       std::fill(fields->get() + shape.field_splits[f], fields->get() + shape.field_splits[f + 1],
                 static_cast<int32_t>(f));
@@ -39,18 +39,21 @@ PairMap MakePairMap(const FmShape& shape, std::unique_ptr<int64_t[]>* samples, s
 
 int64_t FmForward(const ForwardArgs& args, const Parallel& parallel) {
   const FmShape& shape = args.shape;
-  const int64_t bad = FirstOutOfRange(args.indices, args.index_type, shape.num_pairs, shape.num_rows, parallel);
-  if (bad >= 0) return bad;
   if (shape.dim == 0) {  // no columns: the loops below write nothing
     const size_t acc = args.table_type == TableType::kFloat64 ? sizeof(double) : sizeof(float);
     if (args.output == Output::kScalar) std::memset(args.interaction, 0, shape.num_samples * acc);
-    return -1;
+    return FirstOutOfRange(args.indices, args.index_type, shape.num_pairs, shape.num_rows, parallel);
   }
   auto* forward = Kernels().forward[static_cast<int>(args.table_type)][static_cast<int>(args.index_type)];
   const int64_t elements = shape.num_pairs * shape.dim / std::max<int64_t>(1, shape.num_samples);
-  parallel.For(shape.num_samples, kGrainElements / std::max<int64_t>(1, elements),
-               [&](int64_t begin, int64_t end) { forward(args, begin, end); });
-  return -1;
+  std::atomic<int64_t> first_bad{shape.num_pairs};
+  parallel.For(shape.num_samples, kGrainElements / std::max<int64_t>(1, elements), [&](int64_t begin, int64_t end) {
+    const int64_t bad = forward(args, begin, end);
+    int64_t seen = first_bad.load();
+    while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  return first_bad.load() == shape.num_pairs ? -1 : first_bad.load();
 }
 
 void FmGradient(const GradientArgs& args, const Parallel& parallel) {
@@ -61,8 +64,8 @@ void FmGradient(const GradientArgs& args, const Parallel& parallel) {
     return;
   }
   auto* gradient = Kernels().gradient[static_cast<int>(args.table_type)];
-  std::unique_ptr<int64_t[]> samples;
-  std::unique_ptr<int32_t[]> fields;
+  Scratch<int64_t> samples;
+  Scratch<int32_t> fields;
   const PairMap map = MakePairMap(args.shape, &samples, &fields, parallel);
   // Pieces of equal numbers of pairs, moved to the next group's start: groups differ in size.
   const int64_t* starts = groups.starts();

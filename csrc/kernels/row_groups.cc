@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <vector>
 
 namespace deepfm {
@@ -18,7 +19,7 @@ struct Packed {
   Packed() {}
   Packed(uint64_t key, int64_t position) : word(key << 32 | static_cast<uint64_t>(position)) {}
   uint64_t key() const { return word >> 32; }
-  int64_t position() const { return static_cast<int64_t>(word & 0xffffffffu); }
+  static PairPositions Positions(const char* items) { return {items, sizeof(Packed), 0xffffffffu}; }
   bool operator<(const Packed& other) const { return word < other.word; }
 };
 
@@ -28,7 +29,7 @@ struct Wide {
   Wide() {}
   Wide(uint64_t key, int64_t position) : k(key), p(position) {}
   uint64_t key() const { return k; }
-  int64_t position() const { return p; }
+  static PairPositions Positions(const char* items) { return {items + offsetof(Wide, p), sizeof(Wide), ~uint64_t{0}}; }
   bool operator<(const Wide& other) const { return k != other.k ? k < other.k : p < other.p; }
 };
 
@@ -78,7 +79,6 @@ int64_t RowGroups::Build(const void* indices, IndexType type, int64_t n, int64_t
 template <typename I>
 int64_t RowGroups::BuildTyped(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel) {
   num_pairs_ = n;
-  positions_.reset(new int64_t[n]);
   constexpr int64_t kWord = int64_t{1} << 32;
   if (n <= kWord && num_rows <= kWord) {
     Sort<Packed>(indices, n, num_rows, parallel);
@@ -90,11 +90,13 @@ int64_t RowGroups::BuildTyped(const I* indices, int64_t n, int64_t num_rows, con
 
 template <typename Item, typename I>
 void RowGroups::Sort(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel) {
-  std::unique_ptr<Item[]> from(new Item[n]);
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(Item));
+  items_ = Scratch<char>(bytes);
+  Item* to = reinterpret_cast<Item*>(items_.get());
   if (n <= kSmall) {
-    for (int64_t p = 0; p < n; ++p) from[p] = Item(static_cast<uint64_t>(indices[p]), p);
-    std::sort(from.get(), from.get() + n);
-    return FindGroups(from.get(), n, parallel);
+    for (int64_t p = 0; p < n; ++p) to[p] = Item(static_cast<uint64_t>(indices[p]), p);
+    std::sort(to, to + n);
+    return FindGroups(to, n, parallel);
   }
   const int bits = BitsOf(static_cast<uint64_t>(num_rows - 1));
   const int passes = std::max(1, (bits + kMaxDigitBits - 1) / kMaxDigitBits);
@@ -104,15 +106,13 @@ void RowGroups::Sort(const I* indices, int64_t n, int64_t num_rows, const Parall
   // The pieces are as many as the threads; a stable sort's result does not depend on where they cut.
   const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, n / kGrain));
   auto cut = [&](int64_t i) { return n / pieces * i + n % pieces * i / pieces; };
-  std::unique_ptr<Item[]> to(new Item[n]);
   std::vector<int64_t> offsets(pieces * buckets);
-  for (int pass = 0; pass < passes; ++pass) {
-    const int shift = pass * digit_bits;
-    auto item = [&](int64_t p) { return pass == 0 ? Item(static_cast<uint64_t>(indices[p]), p) : from[p]; };
+  // One stable pass over the digit at `shift`: count, make offsets of the counts, move.
+  auto pass = [&](auto item, Item* out, int shift) {
     parallel.run(pieces, [&](int64_t piece) {
       int64_t* counts = &offsets[piece * buckets];
       std::fill(counts, counts + buckets, 0);
-      for (int64_t p = cut(piece); p < cut(piece + 1); ++p) ++counts[item(p).key() >> shift & mask];
+      for (int64_t p = cut(piece), end = cut(piece + 1); p < end; ++p) ++counts[item(p).key() >> shift & mask];
     });
     int64_t total = 0;
     for (int64_t bucket = 0; bucket < buckets; ++bucket) {
@@ -124,14 +124,21 @@ void RowGroups::Sort(const I* indices, int64_t n, int64_t num_rows, const Parall
     }
     parallel.run(pieces, [&](int64_t piece) {
       int64_t* next = &offsets[piece * buckets];
-      for (int64_t p = cut(piece); p < cut(piece + 1); ++p) {
+      for (int64_t p = cut(piece), end = cut(piece + 1); p < end; ++p) {
         const Item it = item(p);
-        to[next[it.key() >> shift & mask]++] = it;
+        out[next[it.key() >> shift & mask]++] = it;
       }
     });
+  };
+  Scratch<char> other(passes > 1 ? bytes : 0);
+  Item* from = reinterpret_cast<Item*>(other.get());
+  if (passes % 2 == 0) std::swap(from, to);  // so that the last pass writes to items_
+  pass([&](int64_t p) { return Item(static_cast<uint64_t>(indices[p]), p); }, to, 0);
+  for (int i = 1; i < passes; ++i) {
     std::swap(from, to);
+    pass([from](int64_t p) { return from[p]; }, to, i * digit_bits);
   }
-  FindGroups(from.get(), n, parallel);
+  FindGroups(to, n, parallel);
 }
 
 template <typename Item>
@@ -145,15 +152,15 @@ void RowGroups::FindGroups(const Item* items, int64_t n, const Parallel& paralle
     for (int64_t j = cut(piece); j < cut(piece + 1); ++j) count += is_first(j);
     before[piece + 1] = count;
   });
+  positions_ = Item::Positions(items_.get());
   for (int64_t piece = 0; piece < pieces; ++piece) before[piece + 1] += before[piece];
   size_ = before[pieces];
-  rows_.reset(new int64_t[size_]);
-  starts_.reset(new int64_t[size_ + 1]);
+  rows_ = Scratch<int64_t>(size_);
+  starts_ = Scratch<int64_t>(size_ + 1);
   starts_[size_] = n;
   parallel.run(pieces, [&](int64_t piece) {
     int64_t u = before[piece];
     for (int64_t j = cut(piece); j < cut(piece + 1); ++j) {
-      positions_[j] = items[j].position();
       if (!is_first(j)) continue;
       rows_[u] = static_cast<int64_t>(items[j].key());
       starts_[u++] = j;

@@ -3,13 +3,20 @@
 #define DEEPFM_KERNELS_ROW_GROUPS_H_
 
 #include <cstdint>
-#include <memory>
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace deepfm {
 
 enum class IndexType { kInt32, kInt64 };
+
+// The j-th pair in the order of the groups is the low bits of the word at base + j * stride.
+struct PairPositions {
+  const char* base;
+  int64_t stride;
+  uint64_t mask;
+};
 
 // After Build: group u is row rows()[u] and the pairs positions()[starts()[u] .. starts()[u+1]),
 // ascending. rows() is strictly ascending. A stable radix sort on log2(V) bits finds them.
@@ -23,7 +30,7 @@ class RowGroups {
   int64_t num_pairs() const { return num_pairs_; }
   const int64_t* rows() const { return rows_.get(); }
   const int64_t* starts() const { return starts_.get(); }
-  const int64_t* positions() const { return positions_.get(); }
+  PairPositions positions() const { return positions_; }
 
  private:
   template <typename I>
@@ -34,7 +41,9 @@ class RowGroups {
   void FindGroups(const Item* items, int64_t n, const Parallel& parallel);
 
   int64_t size_ = 0, num_pairs_ = 0;
-  std::unique_ptr<int64_t[]> rows_, starts_, positions_;
+  Scratch<int64_t> rows_, starts_;
+  Scratch<char> items_;  // the sorted (row, position) items, which positions_ points into
+  PairPositions positions_ = {nullptr, 0, 0};
 };
 
 // The smallest p with indices[p] outside [0, num_rows), or -1.

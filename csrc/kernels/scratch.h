@@ -1,0 +1,39 @@
+// Working memory that is kept for the next call: fresh pages cost more than the work done in them.
+#ifndef DEEPFM_KERNELS_SCRATCH_H_
+#define DEEPFM_KERNELS_SCRATCH_H_
+
+#include <cstdint>
+
+namespace deepfm {
+
+// At least `bytes` bytes, aligned to a cache line; taken from, and given back to, a list of free
+// blocks that all threads share. Throws std::bad_alloc.
+void* TakeScratch(int64_t bytes);
+void GiveBackScratch(void* block);
+
+// An uninitialized array.
+template <typename T>
+class Scratch {
+ public:
+  Scratch() {}
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(TakeScratch(n * static_cast<int64_t>(sizeof(T))))) {}
+  Scratch(Scratch&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Scratch& operator=(Scratch&& other) noexcept {
+    T* mine = data_;
+    data_ = other.data_;
+    other.data_ = mine;
+    return *this;
+  }
+  ~Scratch() {
+    if (data_) GiveBackScratch(data_);
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+}  // namespace deepfm
+
+#endif  // DEEPFM_KERNELS_SCRATCH_H_
