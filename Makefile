@@ -1,13 +1,14 @@
 # make setup   the environment: .venv, dependencies, the native library
 # make test    set up, then run the tests, on the native op and on the fallback
 # make demo    set up, then train DeepFM on MovieLens-100k
+# make sanitize  fuzz the kernels under ASan, UBSan and TSan
 # make bench   set up, then measure the op against what it replaces (minutes)
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup test demo bench lint format clean
+.PHONY: setup test demo bench sanitize lint format clean
 
 setup: .venv/installed
 
@@ -34,6 +35,31 @@ demo: setup
 bench: setup
 	$(BIN)/python bench/op.py
 
+# The kernels under sanitizers, in a program without Python and TensorFlow.
+CASES ?= 50000
+KERNELS := $(wildcard csrc/kernels/*.cc)
+FUZZ_OBJECTS = $(patsubst csrc/kernels/%.cc,build/$(1)/%.o,$(KERNELS)) build/$(1)/fuzz.o
+FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_tsan := -fsanitize=thread
+ISA_fm_cpu_avx2 := -mavx2 -mfma -mf16c
+ISA_fm_cpu_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
+
+define FUZZ
+build/$(1)/%.o: csrc/kernels/%.cc $(SOURCES)
+	@mkdir -p build/$(1)
+	$$(CXX) -std=c++17 -O1 -g -Wall $$(ISA_$$*) $$(FLAGS_$(1)) -c $$< -o $$@
+build/$(1)/fuzz.o: tests/native/fuzz.cc $(SOURCES)
+	@mkdir -p build/$(1)
+	$$(CXX) -std=c++17 -O1 -g -Wall $$(FLAGS_$(1)) -c $$< -o $$@
+build/$(1)/fuzz: $$(call FUZZ_OBJECTS,$(1))
+	$$(CXX) $$(FLAGS_$(1)) $$^ -o $$@ -pthread
+endef
+$(foreach kind,asan tsan,$(eval $(call FUZZ,$(kind))))
+
+sanitize: build/asan/fuzz build/tsan/fuzz
+	build/asan/fuzz $(CASES) 1
+	build/tsan/fuzz $(CASES) 2
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +71,4 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
 
 clean:
-	rm -rf .venv build dist *.egg-info deepfm_ops/_native.so deepfm_ops/_build_info.json
+	rm -rf .venv build dist *.egg-info deepfm_ops/*.so deepfm_ops/_build_info.json

@@ -309,6 +309,26 @@ static void Gradient(const GradientArgs& a, const PairMap& map, int64_t begin, i
   });
 }
 
+static uint64_t Touch(const char* table, int64_t row_bytes, const int64_t* indices, int64_t begin, int64_t end,
+                      int64_t n, int64_t distance) {
+  WordBits seen = {};
+  uint64_t tail = 0;
+  for (int64_t p = begin; p < end; ++p) {
+    if (distance && p + distance < n)
+      PrefetchRow(table + static_cast<uint64_t>(indices[p + distance]) * row_bytes, row_bytes);
+    const char* row = table + indices[p] * row_bytes;
+    int64_t offset = 0;
+    for (; offset + kVecBytes <= row_bytes; offset += kVecBytes) {
+      WordBits word;
+      __builtin_memcpy(&word, row + offset, sizeof(word));
+      seen ^= word;
+    }
+    for (; offset < row_bytes; ++offset) tail ^= static_cast<unsigned char>(row[offset]);
+  }
+  for (unsigned i = 0; i < sizeof(seen) / sizeof(seen[0]); ++i) tail ^= seen[i];
+  return tail;
+}
+
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
     {{Forward<float, int32_t>, Forward<float, int64_t>},
@@ -316,6 +336,7 @@ const CpuKernels kKernels = {
      {Forward<BFloat16, int32_t>, Forward<BFloat16, int64_t>},
      {Forward<Float16, int32_t>, Forward<Float16, int64_t>}},
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
+    Touch,
 };
 
 }  // namespace DEEPFM_ISA

@@ -1,5 +1,6 @@
 // The TensorFlow side: registration, shape functions, validation, allocation. No arithmetic.
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -201,9 +202,20 @@ Parallel PoolOf(OpKernelContext* ctx) {
   return parallel;
 }
 
-Status CheckShape(const char* name, const Tensor& t, const TensorShape& want) {
+// Sizes of a shape whose product may be more than an int64 holds.
+typedef std::vector<int64_t> Sizes;
+
+Status CheckShape(const char* name, const Tensor& t, const Sizes& sizes) {
+  TensorShape want;
+  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &want));
   if (t.shape() == want) return absl::OkStatus();
   return InvalidArgument(name, " must have shape ", want.DebugString(), ", got ", t.shape().DebugString());
+}
+
+Status Allocate(OpKernelContext* ctx, int output, const Sizes& sizes, Tensor** tensor) {
+  TensorShape shape;
+  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
+  return ctx->allocate_output(output, shape, tensor);
 }
 
 // Attributes and validated inputs of the forward and of its gradient.
@@ -228,7 +240,18 @@ class FmKernel : public OpKernel {
     }
   }
 
+  void Compute(OpKernelContext* ctx) final {
+    try {
+      Run(ctx);
+    } catch (const std::bad_alloc&) {
+      ctx->SetStatus(
+          tensorflow::errors::ResourceExhausted("no memory to group ", ctx->input(1).NumElements(), " indices"));
+    }
+  }
+
  protected:
+  virtual void Run(OpKernelContext* ctx) = 0;
+
   Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
     const Tensor& indices = ctx->input(1);
     OpInputList values, row_splits;
@@ -279,14 +302,14 @@ class FmKernel : public OpKernel {
     return InvalidArgument("indices[", where, "] = ", index, " is not in [0, ", num_rows, ")");
   }
 
-  TensorShape EmbeddingsShape(const FmShape& shape) const {
-    if (shape.row_splits) return TensorShape({shape.num_pairs, shape.dim});
+  Sizes EmbeddingsShape(const FmShape& shape) const {
+    if (shape.row_splits) return {shape.num_pairs, shape.dim};
     const int64_t fields = shape.field_splits ? shape.num_fields : shape.pairs_per_sample;
-    return TensorShape({shape.num_samples, fields, shape.dim});
+    return {shape.num_samples, fields, shape.dim};
   }
 
-  TensorShape InteractionShape(const FmShape& shape) const {
-    return TensorShape({shape.num_samples, output_ == Output::kScalar ? 1 : shape.dim});
+  Sizes InteractionShape(const FmShape& shape) const {
+    return {shape.num_samples, output_ == Output::kScalar ? 1 : shape.dim};
   }
 
   DataType dtype_, acc_dtype_;
@@ -324,7 +347,7 @@ class FmInteractionOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("return_embeddings", &return_embeddings_));
   }
 
-  void Compute(OpKernelContext* ctx) override {
+  void Run(OpKernelContext* ctx) override {
     Table table;
     ForwardArgs args;
     OpInputList values;
@@ -333,10 +356,9 @@ class FmInteractionOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
     const FmShape& shape = args.shape;
     Tensor *interaction, *sums, *embeddings;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, InteractionShape(shape), &interaction));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, TensorShape({shape.num_samples, shape.dim}), &sums));
-    OP_REQUIRES_OK(
-        ctx, ctx->allocate_output(2, return_embeddings_ ? EmbeddingsShape(shape) : TensorShape({0}), &embeddings));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 0, InteractionShape(shape), &interaction));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {shape.num_samples, shape.dim}, &sums));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 2, return_embeddings_ ? EmbeddingsShape(shape) : Sizes{0}, &embeddings));
     const Tensor& indices = ctx->input(1);
     args.table_type = TableTypeOf(dtype_);
     args.index_type = IndexTypeOf(indices);
@@ -361,7 +383,7 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
   }
 
-  void Compute(OpKernelContext* ctx) override {
+  void Run(OpKernelContext* ctx) override {
     Table table;
     GradientArgs args;
     OpInputList values, embeddings, d_embeddings;
@@ -376,7 +398,7 @@ class FmInteractionGradOp : public FmKernel {
     const FmShape& shape = args.shape;
     OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
                 InvalidArgument("embeddings and d_embeddings must be one tensor each"));
-    OP_REQUIRES_OK(ctx, CheckShape("sums", *sums, TensorShape({shape.num_samples, shape.dim})));
+    OP_REQUIRES_OK(ctx, CheckShape("sums", *sums, {shape.num_samples, shape.dim}));
     OP_REQUIRES_OK(ctx, CheckShape("d_interaction", *d_interaction, InteractionShape(shape)));
     if (embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("embeddings", embeddings[0], EmbeddingsShape(shape)));
     if (d_embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("d_embeddings", d_embeddings[0], EmbeddingsShape(shape)));
@@ -389,8 +411,8 @@ class FmInteractionGradOp : public FmKernel {
     const int64_t bad = groups.Build(Data(indices), IndexTypeOf(indices), shape.num_pairs, shape.num_rows, pool);
     OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
     Tensor *unique, *rows, *d_values;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({groups.size()}), &unique));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(1, TensorShape({groups.size(), shape.dim}), &rows));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 0, {groups.size()}, &unique));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {groups.size(), shape.dim}, &rows));
     OP_REQUIRES_OK(ctx, ctx->allocate_output(2, need_values_ ? indices.shape() : TensorShape({0}), &d_values));
     std::copy_n(groups.rows(), groups.size(), unique->flat<int64_t>().data());
     args.table_type = TableTypeOf(dtype_);

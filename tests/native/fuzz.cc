@@ -1,0 +1,293 @@
+// Drives the kernels over random and adversarial shapes, for sanitizers: fuzz [cases] [seed].
+// Every case is checked against a double-precision loop, and sentinels stand past every output.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/kernels/cpu_kernels.h"
+#include "../../csrc/kernels/fm.h"
+#include "../../csrc/python/thread_pool.h"
+
+namespace deepfm {
+namespace {
+
+std::mt19937_64 rng;
+int64_t Uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
+bool Chance(int percent) { return Uniform(0, 99) < percent; }
+
+#define EXPECT(condition, ...)                        \
+  if (!(condition)) {                                 \
+    std::printf("FAILED %s: " #condition " ", where); \
+    std::printf(__VA_ARGS__);                         \
+    std::printf("\n");                                \
+    std::exit(1);                                     \
+  }
+
+// Memory of exactly n items (heap, so that a sanitizer sees its end) and, for outputs, sentinels behind.
+template <typename T>
+struct Array {
+  static constexpr int kSentinels = 3;
+  std::vector<T> data;
+  int64_t size;
+  bool guarded;
+  Array(int64_t n, bool output) : data(n + (output ? kSentinels : 0)), size(n), guarded(output) {
+    if (output) std::memset(static_cast<void*>(data.data()), 0xA5, data.size() * sizeof(T));
+  }
+  bool Intact() const {
+    const unsigned char* p = reinterpret_cast<const unsigned char*>(data.data() + size);
+    return !guarded || std::all_of(p, p + kSentinels * sizeof(T), [](unsigned char c) { return c == 0xA5; });
+  }
+};
+
+uint16_t ToBFloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float FromBFloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// What T (the stored type) and A (the accumulation type) are; Float16 is covered from Python.
+struct Float {
+  typedef float T;
+  typedef float A;
+  static constexpr TableType kType = TableType::kFloat32;
+  static T Make(double x) { return static_cast<T>(x); }
+  static double Read(T x) { return x; }
+  static constexpr double kStored = 0;
+};
+struct Double {
+  typedef double T;
+  typedef double A;
+  static constexpr TableType kType = TableType::kFloat64;
+  static T Make(double x) { return x; }
+  static double Read(T x) { return x; }
+  static constexpr double kStored = 0;
+};
+struct Brain {
+  typedef uint16_t T;
+  typedef float A;
+  static constexpr TableType kType = TableType::kBFloat16;
+  static T Make(double x) { return ToBFloat16(static_cast<float>(x)); }
+  static double Read(T x) { return FromBFloat16(x); }
+  static constexpr double kStored = 0.01;
+};
+
+template <typename D, typename I>
+void Case(const char* where, const Parallel& parallel) {
+  typedef typename D::T T;
+  typedef typename D::A A;
+  const int64_t V = Chance(10) ? 1 : Chance(50) ? Uniform(1, 40) : Uniform(1, 3000);
+  const int64_t K = Chance(50) ? Uniform(1, 20) : Chance(80) ? Uniform(1, 140) : Uniform(0, 300);
+  const bool big = Chance(2);  // enough pairs for the radix sort and for several threads
+  const int64_t B = Chance(8) ? 0 : big ? Uniform(300, 900) : Uniform(1, 12);
+  const int64_t P = Chance(5) ? 0 : big ? Uniform(20, 60) : Uniform(1, 9);
+  const bool ragged = Chance(40), pooled = !ragged && Chance(40);
+  std::vector<int64_t> row_splits = {0}, field_splits;
+  if (ragged) {
+    for (int64_t b = 0; b < B; ++b) row_splits.push_back(row_splits.back() + (Chance(20) ? 0 : Uniform(0, P)));
+  }
+  if (pooled) {
+    field_splits = {0};
+    while (field_splits.back() < P) field_splits.push_back(Uniform(field_splits.back(), P));
+  }
+  const int64_t n = ragged ? row_splits.back() : B * P;
+  const Output output = static_cast<Output>(Uniform(0, 2));
+  const int64_t width = output == Output::kScalar ? 1 : K;
+  FmShape shape;
+  shape.num_rows = V;
+  shape.dim = K;
+  shape.num_samples = B;
+  shape.num_pairs = n;
+  shape.pairs_per_sample = ragged ? 0 : P;
+  shape.row_splits = ragged ? row_splits.data() : nullptr;
+  shape.field_splits = pooled ? field_splits.data() : nullptr;
+  shape.num_fields = pooled ? static_cast<int64_t>(field_splits.size()) - 1 : 0;
+  const int64_t F = pooled ? shape.num_fields : ragged ? 0 : P;
+  const int64_t num_embeddings = ragged ? n : B * F;
+
+  Array<T> table(V * K, false);
+  Array<I> indices(n, false);
+  Array<A> values(n, false);
+  for (T& x : table.data) x = D::Make(std::uniform_real_distribution<double>(-1, 1)(rng));
+  const bool one_row = Chance(10);
+  for (I& i : indices.data) i = static_cast<I>(one_row ? V - 1 : Uniform(0, V - 1));
+  for (A& x : values.data) x = Chance(10) ? A(0) : static_cast<A>(std::uniform_real_distribution<double>(-2, 2)(rng));
+  const bool with_values = Chance(70), with_embeddings = pooled || Chance(50);
+
+  Array<A> interaction(B * width, true), sums(B * K, true), embeddings(with_embeddings ? num_embeddings * K : 0, true);
+  ForwardArgs f;
+  f.shape = shape;
+  f.table_type = D::kType;
+  f.index_type = sizeof(I) == 4 ? IndexType::kInt32 : IndexType::kInt64;
+  f.output = output;
+  f.table = table.data.data();
+  f.indices = indices.data.data();
+  f.values = with_values ? values.data.data() : nullptr;
+  f.interaction = interaction.data.data();
+  f.sums = sums.data.data();
+  f.embeddings = with_embeddings ? embeddings.data.data() : nullptr;
+
+  if (n > 0 && Chance(10)) {  // bad indices: the first one is reported, nothing is read outside
+    std::vector<I> bad = indices.data;
+    int64_t first = n;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t p = Uniform(0, n - 1);
+      const int64_t evil[] = {V, -1, sizeof(I) == 4 ? INT32_MAX : INT64_MAX, sizeof(I) == 4 ? INT32_MIN : INT64_MIN};
+      bad[p] = static_cast<I>(evil[Uniform(0, 3)]);
+      first = std::min(first, p);
+    }
+    ForwardArgs g = f;
+    g.indices = bad.data();
+    EXPECT(FmForward(g, parallel) == first, "n=%ld V=%ld", long(n), long(V));
+    RowGroups groups;
+    EXPECT(groups.Build(bad.data(), f.index_type, n, V, parallel) == first && groups.size() == 0, "n=%ld", long(n));
+  }
+  EXPECT(FmForward(f, parallel) == -1, "n=%ld V=%ld", long(n), long(V));
+  EXPECT(interaction.Intact() && sums.Intact() && embeddings.Intact(), "B=%ld K=%ld", long(B), long(K));
+
+  // The same in double, by the definition.
+  auto field_of = [&](int64_t p, int64_t b) {
+    if (!pooled) return p;
+    const int64_t position = p - b * P;
+    int64_t field = 0;
+    while (field_splits[field + 1] <= position) ++field;
+    return b * F + field;
+  };
+  std::vector<double> e(num_embeddings * K), s(B * K), q(B * K), d(num_embeddings * K);
+  std::vector<int64_t> sample(n);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t begin = ragged ? row_splits[b] : b * P, end = ragged ? row_splits[b + 1] : b * P + P;
+    for (int64_t p = begin; p < end; ++p) {
+      sample[p] = b;
+      for (int64_t k = 0; k < K; ++k)
+        e[field_of(p, b) * K + k] += (with_values ? values.data[p] : 1) * D::Read(table.data[indices.data[p] * K + k]);
+    }
+    const int64_t from = ragged ? begin : b * F, to = ragged ? end : b * F + F;
+    for (int64_t i = from; i < to; ++i) {
+      for (int64_t k = 0; k < K; ++k) {
+        s[b * K + k] += e[i * K + k];
+        q[b * K + k] += e[i * K + k] * e[i * K + k];
+      }
+    }
+  }
+  const double eps = sizeof(A) == 4 ? 2e-6 : 1e-14;
+  const double scale = 4.0 * (P + 1) * (P + 1) * (K + 1);  // |x| <= 2, |T| <= 1
+  auto close = [&](double got, double want, double factor) { return std::fabs(got - want) <= eps * scale * factor; };
+  for (int64_t b = 0; b < B; ++b) {
+    double scalar = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const double v = 0.5 * (s[b * K + k] * s[b * K + k] - q[b * K + k]);
+      scalar += v;
+      EXPECT(close(sums.data[b * K + k], s[b * K + k], 1), "sums b=%ld k=%ld K=%ld", long(b), long(k), long(K));
+      if (output == Output::kScalar) continue;
+      const double want = output == Output::kSum ? s[b * K + k] : v;
+      EXPECT(close(interaction.data[b * K + k], want, 1), "b=%ld k=%ld K=%ld", long(b), long(k), long(K));
+    }
+    if (output == Output::kScalar) EXPECT(close(interaction.data[b], scalar, 1), "b=%ld K=%ld", long(b), long(K));
+  }
+  for (int64_t i = 0; i < embeddings.size; ++i) EXPECT(close(embeddings.data[i], e[i], 1), "embeddings %ld", long(i));
+
+  // Gradient.
+  RowGroups groups;
+  EXPECT(groups.Build(indices.data.data(), f.index_type, n, V, parallel) == -1, "n=%ld", long(n));
+  const int64_t U = groups.size();
+  const bool with_de = Chance(50), with_dx = Chance(50);
+  Array<A> g(B * width, false), de(with_de ? num_embeddings * K : 0, false), dx(with_dx ? n : 0, true);
+  for (A& x : g.data) x = static_cast<A>(std::uniform_real_distribution<double>(-1, 1)(rng));
+  for (A& x : de.data) x = static_cast<A>(std::uniform_real_distribution<double>(-1, 1)(rng));
+  Array<T> rows(U * K, true);
+  GradientArgs a;
+  a.shape = shape;
+  a.table_type = D::kType;
+  a.output = output;
+  a.table = f.table;
+  a.values = f.values;
+  a.sums = sums.data.data();
+  a.embeddings = f.embeddings;
+  a.d_interaction = g.data.data();
+  a.d_embeddings = with_de ? de.data.data() : nullptr;
+  a.groups = &groups;
+  a.rows = rows.data.data();
+  a.d_values = with_dx ? dx.data.data() : nullptr;
+  FmGradient(a, parallel);
+  EXPECT(rows.Intact() && dx.Intact(), "U=%ld K=%ld", long(U), long(K));
+  std::vector<double> want(V * K);
+  std::vector<int64_t> count(V);
+  for (int64_t p = 0; p < n; ++p) {
+    const int64_t b = sample[p], i = field_of(p, b);
+    const double x = with_values ? values.data[p] : 1;
+    double dot = 0;
+    ++count[indices.data[p]];
+    for (int64_t k = 0; k < K; ++k) {
+      const double gk = output == Output::kScalar ? g.data[b] : g.data[b * K + k];
+      double dk = output == Output::kSum ? gk : gk * (s[b * K + k] - e[i * K + k]);
+      if (with_de) dk += de.data[i * K + k];
+      want[indices.data[p] * K + k] += x * dk;
+      dot += dk * D::Read(table.data[indices.data[p] * K + k]);
+    }
+    if (with_dx) EXPECT(close(dx.data[p], dot, 4), "d_values %ld", long(p));
+  }
+  int64_t u = 0;
+  for (int64_t v = 0; v < V; ++v) {
+    if (!count[v]) continue;
+    EXPECT(u < U && groups.rows()[u] == v && groups.starts()[u + 1] - groups.starts()[u] == count[v], "v=%ld", long(v));
+    for (int64_t k = 0; k < K; ++k) {
+      const double got = D::Read(rows.data[u * K + k]), expected = want[v * K + k];
+      EXPECT(std::fabs(got - expected) <= eps * scale * 4 * count[v] + D::kStored * std::fabs(expected),
+             "row %ld k %ld: %g, %g", long(v), long(k), got, expected);
+    }
+    ++u;
+  }
+  EXPECT(u == U && groups.starts()[U] == n, "U=%ld", long(U));
+}
+
+}  // namespace
+}  // namespace deepfm
+
+int main(int argc, char** argv) {
+  using namespace deepfm;
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 10000;
+  const uint64_t seed = argc > 2 ? std::atoll(argv[2]) : 1;
+  int64_t total = 0;
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    if (!SetIsa(isa)) continue;
+    rng.seed(seed);
+    for (int64_t i = 0; i < cases; ++i) {
+      const std::string where = std::string(isa) + " case " + std::to_string(i);
+      const Parallel parallel = ThreadPool::Get().Lend(static_cast<int>(1 + i % 4));
+      switch (i % 6) {
+        case 0:
+          Case<Float, int32_t>(where.c_str(), parallel);
+          break;
+        case 1:
+          Case<Float, int64_t>(where.c_str(), parallel);
+          break;
+        case 2:
+          Case<Double, int64_t>(where.c_str(), parallel);
+          break;
+        case 3:
+          Case<Brain, int32_t>(where.c_str(), parallel);
+          break;
+        case 4:
+          Case<Double, int32_t>(where.c_str(), parallel);
+          break;
+        default:
+          Case<Brain, int64_t>(where.c_str(), parallel);
+      }
+    }
+    total += cases;
+    std::printf("%s: %ld cases\n", isa, long(cases));
+  }
+  std::printf("fuzz: %ld passed, 0 failed\n", long(total));
+  return 0;
+}
