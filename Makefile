@@ -2,13 +2,14 @@
 # make test    set up, then run the tests, on the native op and on the fallback
 # make demo    set up, then train DeepFM on MovieLens-100k
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
-# make bench   set up, then measure the op against what it replaces (minutes)
+# make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
+# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR for it
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup test demo bench sanitize lint format clean
+.PHONY: setup test demo bench bench-full bench-peers sanitize lint format clean
 
 setup: .venv/installed
 
@@ -33,7 +34,20 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 bench: setup
+	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/op.py
+	$(BIN)/python bench/report.py
+
+bench-full: setup
+	$(BIN)/python bench/op.py --full --json bench/results/op-full.json
+
+# The peers that `make bench` measures too, each in an environment of its own.
+bench-peers:
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 fbgemm-gpu-cpu==1.8.0 numpy
+	$(PYTHON) -m venv .venv-deepctr
+	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 tf-keras==2.21.*
+	.venv-deepctr/bin/python -m pip install --quiet tensorflow-cpu==2.21.* h5py requests pandas scikit-learn setuptools
 
 # The kernels under sanitizers, in a program without Python and TensorFlow.
 CASES ?= 50000

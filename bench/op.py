@@ -1,126 +1,160 @@
-"""Measures the op against what a TensorFlow user would write instead.
+"""Measures the op against what it replaces: `python bench/op.py [--full] [--json FILE]`.
 
-python bench/op.py [--batch 128 4096] [--fields 39] [--dim 16] [--rows 1e6] [--rounds 15] [--json FILE]
-
-Every side's result is checked against the reference before it is timed. The sides take turns within one
-process, and each is called once before the call that is timed. Figures are medians and quartiles.
+Sides run in processes of their own, those of PyTorch and DeepCTR in environments of their own where
+`make bench-peers` made them. Every side's result is checked against a float64 oracle before it is timed. Then the
+sides take turns: in each round each side is called once untimed and then timed. Figures are medians and quartiles
+over the rounds. A "gradient" is a forward and a gradient.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
-import os
 import pathlib
-import platform
+import subprocess
 import sys
-import time
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import tempfile
 
 import numpy as np
-import tensorflow as tf
+from common import Case, expected, machine, make_data, statistics
 
-import deepfm_ops
-from deepfm_ops import reference
-
-
-def formula(table, indices, values):
-    """The plain TensorFlow formula: gather, square of the sum, sum of the squares."""
-    e = tf.gather(table, indices) * values[..., tf.newaxis]
-    s = tf.reduce_sum(e, axis=1)
-    return 0.5 * tf.reduce_sum(s * s - tf.reduce_sum(e * e, axis=1), axis=1, keepdims=True)
-
-
-def gradient_of(function, table, indices, values, unique=False):
-    """(row numbers, rows) of the gradient of the sum; with `unique`, repeated rows are added up."""
-    with tf.GradientTape() as tape:
-        y = tf.reduce_sum(function(table, indices, values))
-    gradient = tape.gradient(y, table)
-    if not unique:
-        return gradient.indices, gradient.values
-    rows, position = tf.unique(gradient.indices)
-    return rows, tf.math.unsorted_segment_sum(gradient.values, position, tf.size(rows))
-
-
-def sides(table, indices, values):
-    """{name: (function, whether it is a gradient)}."""
-    made = {}
-    for name, function in (("native", deepfm_ops.fm_interaction), ("formula", formula)):
-        made[f"{name} forward"] = tf.function(lambda f=function: f(table, indices, values))
-        made[f"{name} gradient"] = tf.function(lambda f=function: gradient_of(f, table, indices, values))
-    made["formula XLA forward"] = tf.function(lambda: formula(table, indices, values), jit_compile=True)
-    made["formula gradient, unique"] = tf.function(lambda: gradient_of(formula, table, indices, values, unique=True))
-    return made
-
-
-def check(name, result, table, indices, values):
-    """Raises unless the side's result is the reference's, to float32's accuracy."""
-    if "gradient" not in name:
-        np.testing.assert_allclose(result, reference.fm_interaction(table, indices, values), rtol=1e-3, atol=1e-2)
-        return
-    rows, expected = gradient_of(reference.fm_interaction, table, indices, values)
-    order, position = np.unique(result[0], return_inverse=True)
-    added = np.zeros((len(order), table.shape[1]), np.float32)
-    np.add.at(added, position, result[1].numpy())
-    np.testing.assert_array_equal(order, rows)
-    np.testing.assert_allclose(added, expected, rtol=1e-3, atol=1e-2)
-
-
-def measure(functions, rounds):
-    """{name: (median, lower quartile, upper quartile)} in milliseconds."""
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            function()
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: tuple(np.percentile(t, [50, 25, 75])) for name, t in times.items()}
-
-
-def machine():
-    """One line about where this ran."""
-    model = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    info = deepfm_ops.native_info()
-    return (
-        f"{model[0].split(': ')[1] if model else platform.processor()}, {len(model)} cores, {info['threads']} threads, "
-        f"{info['instruction_set']}, TensorFlow {info['tensorflow_found']}, Python {platform.python_version()}"
+HERE = pathlib.Path(__file__).parent
+ENVIRONMENTS = {
+    "sides_ours": pathlib.Path(sys.executable),
+    "sides_torch": HERE.parent / ".venv-torch" / "bin" / "python",
+    "sides_deepctr": HERE.parent / ".venv-deepctr" / "bin" / "python",
+}
+BASE = Case()
+QUICK = [
+    BASE,
+    *(dataclasses.replace(BASE, batch=b) for b in (1, 128, 1024, 65536)),
+    *(dataclasses.replace(BASE, rows=v) for v in (1_000, 100_000, 10_000_000)),
+    *(dataclasses.replace(BASE, dim=k) for k in (4, 8, 64, 128)),
+    *(dataclasses.replace(BASE, fields=f) for f in (10, 100)),
+    dataclasses.replace(BASE, distribution="zipf"),
+    dataclasses.replace(BASE, dim=64, dtype="bfloat16"),
+]
+FULL = [
+    Case(*shape)
+    for shape in itertools.product(
+        (1, 128, 1024, 4096, 65536), (10, 39, 100), (4, 8, 16, 64, 128), (1_000, 100_000, 1_000_000, 10_000_000),
+        ("uniform", "zipf"), ("float32", "bfloat16"),
     )
+]  # fmt: skip
+REPEATED = ("TensorFlow formula", "TensorFlow formula, XLA", "PyTorch eager", "PyTorch compiled", "DeepCTR FM layer")
+
+
+class Worker:
+    """A process that runs the sides of one environment."""
+
+    def __init__(self, sides, python):
+        command = [str(python), str(HERE / "worker.py"), sides]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE
+        )
+
+    def ask(self, **command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        reply = json.loads(line) if line else {"error": "the process ended"}
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply["ok"]
+
+
+def check(arrays, kind, case, truth):
+    """Raises unless the result is the oracle's, to the accuracy of float32 (and of a bfloat16 table)."""
+    y, rows, gradient = truth
+    scale = 1e-4 if case.dtype == "float32" else 4e-2
+    if kind == "forward":
+        np.testing.assert_allclose(arrays[0], y, rtol=scale, atol=scale * np.abs(y).max())
+        return
+    from common import add_up
+
+    unique, added = add_up(arrays[0], arrays[1])
+    np.testing.assert_array_equal(unique, rows)
+    np.testing.assert_allclose(added, gradient, rtol=scale, atol=scale * np.abs(gradient).max())
+
+
+def measure(case, workers, folder, rounds, calls):
+    """{side: {kind: [median, quartiles] or error}} of one case."""
+    table, indices, values = make_data(case)
+    for name, array in (("table", table), ("indices", indices), ("values", values)):
+        np.save(folder / f"{name}.npy", array)
+    truth = expected(table, indices[0], values)
+    found, turns = {}, []
+    for worker in workers.values():
+        try:
+            sides = worker.ask(do="load", case=dataclasses.asdict(case), folder=str(folder))
+        except RuntimeError as error:
+            print(f"  {error}", flush=True)
+            continue
+        for side, kinds in sides.items():
+            for kind in kinds:
+                try:
+                    path = str(folder / "result.npz")
+                    worker.ask(do="result", side=side, kind=kind, path=path)
+                    if side not in ("touch floor", "FBGEMM lookup alone"):  # these do not compute it
+                        with np.load(path) as arrays:
+                            check(list(arrays.values()), kind, case, truth)
+                    turns.append((worker, side, kind, []))
+                except (RuntimeError, AssertionError) as error:
+                    found.setdefault(side, {})[kind] = str(error).strip()[:300]
+    for _ in range(rounds):
+        for worker, side, kind, times in turns:
+            times += worker.ask(do="time", side=side, kind=kind, calls=calls)
+    for _, side, kind, times in turns:
+        found.setdefault(side, {})[kind] = statistics(times)
+    return found
+
+
+def show(case, found):
+    print(f"\n{case}")
+    floor = found.get("touch floor", {}).get("forward")
+    for kind in ("forward", "gradient"):
+        ours = found["deepfm_ops op"][kind][0]
+        for side, kinds in found.items():
+            if kind not in kinds:
+                continue
+            if isinstance(kinds[kind], str):
+                print(f"  {kind:8s} {side:30s} {kinds[kind]}")
+                continue
+            median, low, high = kinds[kind]
+            extra = ""
+            if kind == "forward":
+                extra = f"{case.useful_bytes / median / 1e6:7.1f} GB/s"
+                extra += f" {100 * floor[0] / median:4.0f} % of the touch floor" if isinstance(floor, list) else ""
+            elif side in REPEATED:
+                extra = "  rows repeated"
+            print(
+                f"  {kind:8s} {side:30s} {median:9.3f} ms [{low:.3f}, {high:.3f}] {median / ours:6.2f} x ours {extra}",
+                flush=True,
+            )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 4096])
-    parser.add_argument("--fields", type=int, default=39)
-    parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--full", action="store_true", help="the whole grid: a night, and 16 GB of memory")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=2, help="timed calls of a side per turn")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases to run")
+    parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "op.json")
     arguments = parser.parse_args()
-    rng, report = np.random.default_rng(0), []
-    print(machine())
-    print("python", *sys.argv)
-    for num_rows in map(int, arguments.rows):
-        table = tf.Variable(rng.normal(size=(num_rows, arguments.dim)).astype(np.float32))
-        # As in training: after a sparse update, reading the variable's value would copy it.
-        table.scatter_sub(tf.IndexedSlices(tf.zeros((1, arguments.dim)), [0]))
-        for batch in arguments.batch:
-            shape = (batch, arguments.fields)
-            indices, values = tf.constant(rng.integers(0, num_rows, shape)), tf.constant(rng.random(shape, np.float32))
-            functions = sides(table, indices, values)
-            for name, function in functions.items():
-                check(name, function(), table, indices, values)
-            print(f"\nB={batch} F={arguments.fields} K={arguments.dim} V={num_rows:,} float32")
-            for name, (median, low, high) in measure(functions, arguments.rounds).items():
-                kind = "gradient" if "gradient" in name else "forward"
-                report.append({"rows": num_rows, "batch": batch, "side": name, "ms": [median, low, high]})
-                ours = next(
-                    r["ms"][0]
-                    for r in report
-                    if r["batch"] == batch and r["rows"] == num_rows and r["side"] == f"native {kind}"
-                )
-                print(f"  {name:26s} {median:8.3f} ms  [{low:.3f}, {high:.3f}]  {median / ours:5.2f} x native {kind}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "command": sys.argv, "results": report}, indent=1))
+    environments = {name: python for name, python in ENVIRONMENTS.items() if python.exists()}
+    workers = {name: Worker(name, python) for name, python in environments.items()}
+    print(f"{machine()}; sides: {', '.join(workers)}")
+    report = {"machine": machine(), "command": "python " + " ".join(sys.argv), "cases": []}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = FULL if arguments.full else QUICK
+        for number in arguments.only or range(len(cases)):
+            case = cases[number]
+            rounds = arguments.rounds if case.batch < 65536 else max(3, arguments.rounds // 3)
+            found = measure(case, workers, pathlib.Path(folder), rounds, arguments.calls)
+            show(case, found)
+            report["cases"].append({"case": dataclasses.asdict(case), "sides": found})
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
