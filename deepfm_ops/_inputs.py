@@ -40,7 +40,9 @@ def require(holds, text, shown):
     """
     if tf.executing_eagerly():
         if not holds:
-            raise tf.errors.InvalidArgumentError(None, None, text.format(*(int(t) for t in shown())))
+            raise tf.errors.InvalidArgumentError(
+                None, None, text.format(*(tf.get_static_value(tf.convert_to_tensor(t)) for t in shown()))
+            )
         return []
 
     def fail():

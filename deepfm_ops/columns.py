@@ -40,6 +40,35 @@ def column_from_config(config):
     return DenseFeat(**config)
 
 
+def encoding(column):
+    """The column without what its encoding does not depend on, for comparison."""
+    if isinstance(column, VarLenSparseFeat):
+        return dataclasses.replace(column, sparsefeat=encoding(column.sparsefeat))
+    if isinstance(column, SparseFeat):
+        plain = {"embedding_dim": 1, "embeddings_initializer": None, "group_name": "", "trainable": True}
+        return dataclasses.replace(column, **plain)
+    return column
+
+
+def check_shared(columns):
+    """Raises ValueError where columns of one embedding_name do not agree on the embedding."""
+    seen = {}
+    for column in columns:
+        if isinstance(column, DenseFeat):
+            continue
+        sparse = getattr(column, "sparsefeat", column)
+        initializer = sparse.embeddings_initializer and keras.initializers.serialize(sparse.embeddings_initializer)
+        mine = {"vocabulary_size": sparse.vocabulary_size, "embedding_dim": sparse.embedding_dim}
+        mine |= {"trainable": sparse.trainable, "embeddings_initializer": initializer}
+        other, theirs = seen.setdefault(sparse.embedding_name, (column.name, mine))
+        for what, value in mine.items():
+            if theirs[what] != value:
+                raise ValueError(
+                    f"columns {other!r} and {column.name!r} share embedding {sparse.embedding_name!r}, so their {what} "
+                    f"must be one, got {theirs[what]!r} and {value!r}"
+                )
+
+
 @keras.saving.register_keras_serializable("deepfm_ops")
 class StackedInitializer(keras.initializers.Initializer):
     """Rows of one table with an initializer for each block of them.
@@ -80,16 +109,10 @@ class TablePlan:
             size = column.dimension if isinstance(column, DenseFeat) else column.vocabulary_size
             key = ("dense", column.name) if isinstance(column, DenseFeat) else ("sparse", column.embedding_name)
             if key not in owners:
-                owners[key] = (self.num_rows, size)
+                owners[key] = self.num_rows
                 blocks.append((size, getattr(column, "embeddings_initializer", None) or default_initializer))
                 self.num_rows += size
-            start, owned = owners[key]
-            if owned != size:
-                raise ValueError(
-                    f"column {column.name!r}: embedding {column.embedding_name!r} has {owned} rows in another column, "
-                    f"{size} here"
-                )
-            self.offsets[column.name] = start
+            self.offsets[column.name] = owners[key]
             width = 1 if isinstance(column, SparseFeat) else size if isinstance(column, DenseFeat) else column.maxlen
             separate = isinstance(column, DenseFeat) or getattr(column, "combiner", None) == "max"
             self.field_sizes += [1] * width if separate else [width]

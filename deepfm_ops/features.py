@@ -19,6 +19,12 @@ def _positive(owner, name, value):
         raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
 
 
+class _Column:
+    def _replace(self, **changes):
+        """A copy with some arguments changed: the name that DeepCTR's columns, which are named tuples, have for it."""
+        return dataclasses.replace(self, **changes)
+
+
 def _read_vocabulary(path, name, size):
     """{key: index} from a CSV file of "index,key" lines. 0 is for keys that are not in it."""
     vocabulary = {}
@@ -37,7 +43,7 @@ def _read_vocabulary(path, name, size):
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseFeat:
+class SparseFeat(_Column):
     """A categorical column: one index, or one value to hash, per sample.
 
     Args:
@@ -83,6 +89,8 @@ class SparseFeat:
         if self.vocabulary_path is not None and self.vocabulary is None:
             vocabulary = _read_vocabulary(self.vocabulary_path, self.name, self.vocabulary_size)
             object.__setattr__(self, "vocabulary", vocabulary)
+        if self.dtype != "string" and not np.issubdtype(np.dtype(self.dtype), np.integer):
+            raise ValueError(f"{owner}: dtype must be an integer type or 'string', got {self.dtype!r}")
         if self.dtype == "string" and not self.use_hash and self.vocabulary is None:
             raise ValueError(f"{owner}: dtype 'string' needs use_hash or vocabulary_path")
 
@@ -91,7 +99,7 @@ class SparseFeat:
 
 
 @dataclasses.dataclass(frozen=True)
-class VarLenSparseFeat:
+class VarLenSparseFeat(_Column):
     """A categorical column with several values per sample, pooled into one embedding.
 
     Args:
@@ -135,7 +143,7 @@ class VarLenSparseFeat:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseFeat:
+class DenseFeat(_Column):
     """A numeric column.
 
     Args:
@@ -235,7 +243,8 @@ class FeatureDictionary:
 
     def __init__(self):
         self.fields = []  # {"name", "kind", "size", "start"; "values": list} in the order of the columns
-        self.num_features = 0
+        self.num_features = 1
+        self.separator = "|"
 
     @property
     def field_sizes(self):
@@ -276,15 +285,17 @@ class FeatureDictionary:
             raise ValueError(f"columns named more than once: {repeated}")
         if _num_rows(df, names) == 0:
             raise ValueError("cannot fit on a table without rows")
-        self.fields, self.num_features, self.separator = [], 1, separator
+        fresh = FeatureDictionary()  # so that a column that fails leaves this dictionary as it was
         for name in categorical:
-            self._add(name, "categorical", 1, sorted_values({v for v in _categories(df, name) if v is not None}))
+            values = {_category(value, name) for value in _objects(df, name) if not _is_missing(value)}
+            fresh._add(name, "categorical", 1, sorted_values(values))
         for name in numeric:
             _numbers(df, name)
-            self._add(name, "numeric", 1, [name])
+            fresh._add(name, "numeric", 1, [name])
         for name in multivalued:
-            entries = _entries(df, name, separator)
-            self._add(name, "multivalued", max(1, *map(len, entries)), sorted_values(set().union(*entries)))
+            entries = [[_category(value, name) for value in entry] for entry in _entries(df, name, separator)]
+            fresh._add(name, "multivalued", max(1, *map(len, entries)), sorted_values(set().union(*entries)))
+        self.fields, self.num_features, self.separator = fresh.fields, fresh.num_features, separator
         return self
 
     def _add(self, name, kind, size, values):
@@ -293,6 +304,8 @@ class FeatureDictionary:
 
     def transform(self, df):
         """The feature matrices of `df`.
+
+        Of a multivalued entry, as many known values count as the longest one in `fit` had.
 
         Args:
             df: a table with the columns that `fit` was given; other columns are ignored.
@@ -323,13 +336,13 @@ class FeatureDictionary:
                 values[:, column] = np.where(known, numbers, 0.0)
             elif field["kind"] == "categorical":
                 index_of = {value: start + i for i, value in enumerate(field["values"])}
-                found = (index_of.get(value, 0) for value in _categories(df, name))
+                found = (_index(index_of, value) for value in _objects(df, name))
                 indices[:, column] = np.fromiter(found, np.int64, rows)
                 values[:, column] = indices[:, column] != 0
             else:
                 index_of = {value: start + i for i, value in enumerate(field["values"])}
                 for row, entry in enumerate(_entries(df, name, self.separator)):
-                    known = [index_of[value] for value in entry if value in index_of][:size]
+                    known = [i for i in (_index(index_of, value) for value in entry) if i][:size]
                     indices[row, here][: len(known)] = known
                     values[row, here][: len(known)] = 1.0 / max(1, len(known))
             column += size
@@ -345,9 +358,12 @@ class FeatureDictionary:
             raise ValueError("fit the FeatureDictionary before saving it")
         path = pathlib.Path(path)
         fresh = path.with_name(path.name + f".{os.getpid()}.new")
-        content = {"format": self.FORMAT, "separator": self.separator, "fields": self.fields}
-        fresh.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        os.replace(fresh, path)
+        content = json.dumps({"format": self.FORMAT, "separator": self.separator, "fields": self.fields})
+        try:
+            fresh.write_text(content, encoding="utf-8")
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path):
@@ -363,15 +379,15 @@ class FeatureDictionary:
             if content["format"] != cls.FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads {cls.FORMAT}")
             loaded = cls()
-            loaded.separator, loaded.num_features = content["separator"], 1
+            loaded.separator = str(content["separator"])
             for field in content["fields"]:
-                if field["start"] != loaded.num_features or field["kind"] not in (
-                    "categorical",
-                    "numeric",
-                    "multivalued",
-                ):
+                kind, size, values = field["kind"], field["size"], field["values"]
+                good = kind in ("categorical", "numeric", "multivalued") and isinstance(values, list)
+                good = good and isinstance(size, int) and size >= 1 and (size == 1 or kind == "multivalued")
+                good = good and len(set(values)) == len(values) and field["start"] == loaded.num_features
+                if not good:
                     raise ValueError(f"field {field['name']!r} does not fit")
-                loaded._add(field["name"], field["kind"], field["size"], field["values"])
+                loaded._add(field["name"], kind, size, values)
             return loaded
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
@@ -384,9 +400,12 @@ def sorted_values(values):
 
 def _column(df, name):
     try:
-        return df[name]
+        column = df[name]
     except KeyError:
         raise KeyError(f"column {name!r} is missing; the table has {list(df.keys())}") from None
+    if getattr(column, "ndim", 1) != 1:
+        raise ValueError(f"column {name!r} must be one column of values, got shape {column.shape}")
+    return column
 
 
 def _num_rows(df, names):
@@ -397,8 +416,8 @@ def _num_rows(df, names):
 
 
 def _is_missing(value):
-    # pandas.NA has no truth value, so it is known by its name; NaN and NaT differ from themselves.
-    return value is None or type(value).__name__ == "NAType" or value != value
+    # pandas.NA has no truth value, so it is known by its name; NumPy's float64 is a float.
+    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
 
 
 def _category(value, name):
@@ -411,13 +430,21 @@ def _category(value, name):
     return value
 
 
-def _categories(df, name):
-    for value in np.asarray(_column(df, name), dtype=object):
-        yield None if _is_missing(value) else _category(value, name)
+def _objects(df, name):
+    """The column as Python objects."""
+    return np.asarray(_column(df, name), dtype=object)
+
+
+def _index(index_of, value):
+    """The index of a value; 0 for one that is missing, was not seen, or is of a kind that cannot have been."""
+    try:
+        return 0 if _is_missing(value) else index_of.get(_category(value, ""), 0)
+    except TypeError:
+        return 0
 
 
 def _entries(df, name, separator):
-    """A list of known values per row."""
+    """A list of values per row, the missing ones left out."""
     entries = []
     for entry in _column(df, name):
         if isinstance(entry, str):
@@ -426,7 +453,7 @@ def _entries(df, name, separator):
             if not _is_missing(entry):
                 raise TypeError(f"column {name!r}: an entry must be a list or a string, got {entry!r}")
             entry = []
-        entries.append([_category(value, name) for value in entry if not _is_missing(value)])
+        entries.append([value for value in entry if not _is_missing(value)])
     return entries
 
 

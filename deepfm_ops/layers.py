@@ -3,9 +3,17 @@
 import itertools
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import _inputs, _library, ops
+
+
+def positive(name, number):
+    """The number as int, if it is a whole one and at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+    return int(number)
 
 
 def _pairs(inputs, table_dtype):
@@ -20,6 +28,19 @@ def _pairs(inputs, table_dtype):
     return indices, values
 
 
+def _with_columns(indices, columns):
+    """The indices [B, P], once P is known to be `columns`; a retraced function may have forgotten it."""
+    text = "indices must have {} columns, got {}"
+    if indices.shape.rank is not None and indices.shape[1] is not None:
+        if indices.shape[1] != columns:
+            raise ValueError(text.format(columns, f"shape {indices.shape}"))
+        return indices
+    got = tf.shape(indices)[-1]
+    with tf.control_dependencies(_inputs.require(tf.equal(got, columns), text, lambda: (tf.constant(columns), got))):
+        indices = tf.identity(indices)
+    return tf.ensure_shape(indices, (None, columns))
+
+
 class _SparseLayer(keras.layers.Layer):
     """What the layers share: the backend, one interaction, no autocast of tables and values, no XLA."""
 
@@ -27,10 +48,8 @@ class _SparseLayer(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         if backend not in _library.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_library.BACKENDS)}, got {backend!r}")
-        if int(num_features) < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
-        self.num_features = int(num_features)
-        self.field_sizes = None if field_sizes is None else [int(size) for size in field_sizes]
+        self.num_features = positive("num_features", num_features)
+        self.field_sizes = None if field_sizes is None else [positive("a field size", size) for size in field_sizes]
         self.backend = backend
         self.supports_jit = False
 
@@ -42,8 +61,7 @@ class _SparseLayer(keras.layers.Layer):
             if pairs.row_splits is not None:
                 raise ValueError(f"field_sizes need dense indices [B, P], got a {type(indices).__name__}")
             splits = (0, *itertools.accumulate(self.field_sizes))
-            if pairs.indices.shape[1] not in (None, splits[-1]):
-                raise ValueError(f"indices must have {splits[-1]} columns, got shape {pairs.indices.shape}")
+            pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
         result, embeddings = ops.interaction(
             table, pairs, output, field_splits=splits, return_embeddings=return_embeddings, backend=self.backend
@@ -184,9 +202,7 @@ class FMInteraction(_SparseLayer):
             raise ValueError(f"output must be one of {', '.join(_inputs.OUTPUTS)}, got {output!r}")
         if use_linear and output != "scalar":
             raise ValueError(f"use_linear adds the first order to the scalar; output must be 'scalar', got {output!r}")
-        if int(embedding_dim) < 1:
-            raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
-        self.embedding_dim = int(embedding_dim)
+        self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.output_kind = output
         self.return_embeddings = return_embeddings
         self.use_linear = use_linear

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from deepfm_ops import columns as _columns
 from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, VarLenSparseFeat, input_specs
-from deepfm_ops.layers import FirstOrder, FMInteraction
+from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 
 TASKS = ("binary", "regression")
 
@@ -98,16 +98,41 @@ def _mlp(x, hidden_units, activation, dropout, batch_norm, l2, seed):
 class _ConfiguredModel(keras.Model):
     """A functional model that is saved as the arguments it was made with."""
 
-    def _finish(self, config, inputs, outputs, name):
+    def _finish(self, config, inputs, outputs, name, trainable, frozen):
         super().__init__(inputs=inputs, outputs=outputs, name=name)
         self._config = config
+        self._index_inputs = [tensor.name for tensor in self.inputs if tensor.dtype == "int64"]
+        self.trainable = trainable
+        for layer in frozen:
+            self.get_layer(layer).trainable = False
 
     def get_config(self):
-        return {**self._config, "name": self.name, "trainable": self.trainable, "dtype": self._policy_config}
+        return {
+            **self._config,
+            "name": self.name,
+            "trainable": self.trainable,
+            "frozen": [layer.name for layer in self.layers if self.trainable and not layer.trainable],
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        }
 
-    @property
-    def _policy_config(self):
-        return keras.dtype_policies.serialize(self.dtype_policy)
+    def __call__(self, inputs, *args, **kwargs):
+        if hasattr(self, "_index_inputs"):  # Keras calls the model while it is being made, too
+            inputs = self._checked(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """Keras's `predict`; no samples give no scores, [0, 1], instead of an error."""
+        arrays = keras.tree.flatten(x) if isinstance(x, dict | list | tuple) else []
+        if arrays and all(getattr(array, "shape", None) and array.shape[0] == 0 for array in arrays):
+            return np.zeros((0, 1), np.float32)
+        return super().predict(x, *args, **kwargs)
+
+
+def _check_integers(name, x):
+    """Raises where Keras would cast numbers to integers silently."""
+    dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
+    if "int" not in str(getattr(dtype, "name", dtype)):
+        raise TypeError(f"{name} must be int32 or int64, got {getattr(dtype, 'name', dtype)}")
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -183,10 +208,12 @@ class DeepFM(_ConfiguredModel):
         backend="auto",
         name=None,
         trainable=True,
+        frozen=(),
         dtype=None,
     ):
         if not (use_linear or use_fm or use_deep):
             raise ValueError("at least one of use_linear, use_fm and use_deep must be True")
+        num_fields = positive("num_fields", num_fields)
         if field_sizes is not None and len(field_sizes) != num_fields:
             raise ValueError(f"field_sizes must have num_fields = {num_fields} entries, got {len(field_sizes)}")
         if embeddings_initializer is None:
@@ -195,7 +222,7 @@ class DeepFM(_ConfiguredModel):
             "num_features": num_features,
             "num_fields": num_fields,
             "embedding_dim": embedding_dim,
-            "hidden_units": list(hidden_units),
+            "hidden_units": [positive("a hidden width", units) for units in hidden_units],
             "use_linear": use_linear,
             "use_fm": use_fm,
             "use_deep": use_deep,
@@ -217,7 +244,7 @@ class DeepFM(_ConfiguredModel):
                 keras.Input((num_columns,), dtype="int64", name="indices"),
                 keras.Input((num_columns,), dtype="float32", name="values"),
             )
-            shared = {"field_sizes": field_sizes, "backend": backend}
+            shared = {"field_sizes": field_sizes or [1] * num_fields, "backend": backend}
             parts = []
             if use_linear:
                 first_order = FirstOrder(num_features, weights_regularizer=_l2(l2_linear), name="first_order", **shared)
@@ -235,9 +262,13 @@ class DeepFM(_ConfiguredModel):
                 parts += [second_order] if use_fm else []
             if use_deep:
                 flat = keras.layers.Flatten(name="flatten")(embeddings)
-                parts.append(_mlp(flat, hidden_units, activation, dropout, batch_norm, l2_deep, seed))
-            self._finish(config, inputs, Head(task, name="head")(parts), name)
-        self.trainable = trainable
+                parts.append(_mlp(flat, config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed))
+            self._finish(config, inputs, Head(task, name="head")(parts), name, trainable, frozen)
+
+    def _checked(self, inputs):
+        if isinstance(inputs, list | tuple) and len(inputs) == 2:
+            _check_integers("indices", inputs[0])
+        return inputs
 
     @classmethod
     def from_columns(
@@ -326,19 +357,25 @@ class ColumnDeepFM(_ConfiguredModel):
         backend="auto",
         name=None,
         trainable=True,
+        frozen=(),
         dtype=None,
     ):
         linear = [_columns.column_from_config(column) for column in linear_feature_columns]
         dnn = [_columns.column_from_config(column) for column in dnn_feature_columns]
         linear, dnn = linear if use_linear else [], dnn if use_fm or use_deep else []
         specs = input_specs([*linear, *dnn])
+        # Indices come in as int64 whatever the column says: a cast to fewer bits would wrap them round.
+        kinds = {name: kind if kind == "string" or "float" in kind else "int64" for name, (_, kind) in specs.items()}
+        fm_group = [fm_group] if isinstance(fm_group, str) else list(fm_group)
+        for columns in (linear, dnn):
+            _columns.check_shared(columns)
         if not specs:
             raise ValueError("the model needs at least one feature column in a part that is in use")
         config = {
             "linear_feature_columns": [_columns.column_to_config(column) for column in linear],
             "dnn_feature_columns": [_columns.column_to_config(column) for column in dnn],
-            "fm_group": list(fm_group),
-            "dnn_hidden_units": list(dnn_hidden_units),
+            "fm_group": fm_group,
+            "dnn_hidden_units": [positive("a hidden width", units) for units in dnn_hidden_units],
             "l2_reg_linear": l2_reg_linear,
             "l2_reg_embedding": l2_reg_embedding,
             "l2_reg_dnn": l2_reg_dnn,
@@ -355,8 +392,8 @@ class ColumnDeepFM(_ConfiguredModel):
             "backend": backend,
         }
         with _dtype_policy(dtype):
-            inputs = {key: keras.Input(shape, dtype=kind, name=key) for key, (shape, kind) in specs.items()}
-            encoders = {}
+            inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
+            encoders = []
             parts = _linear_parts(inputs, linear, l2_reg_linear, seed, backend, encoders)
             embeddings, groups = _embeddings(inputs, dnn, l2_reg_embedding, seed, backend, encoders)
             if use_fm:
@@ -367,20 +404,24 @@ class ColumnDeepFM(_ConfiguredModel):
                 if dense:
                     deep.append(_columns.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
                 x = keras.layers.Concatenate(name="deep_input")(deep) if len(deep) > 1 else deep[0]
-                parts.append(_mlp(x, dnn_hidden_units, dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed))
+                parts.append(
+                    _mlp(x, config["dnn_hidden_units"], dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed)
+                )
             if not parts:
                 raise ValueError(
                     "no part of the model is left: no linear columns, no interacting columns, no deep part"
                 )
-            self._finish(config, inputs, Head(task, name="head")(parts), name)
+            self._finish(config, inputs, Head(task, name="head")(parts), name, trainable, frozen)
         self._input_names = list(specs)
-        self._input_dtypes = {name: dtype for name, (_, dtype) in specs.items()}
-        self.trainable = trainable
+        self._input_specs = {name: (shape, kinds[name]) for name, (shape, _) in specs.items()}
 
-    def __call__(self, inputs, *args, **kwargs):
-        if hasattr(self, "_input_names"):  # Keras calls the model while it is being made, too
-            inputs = self._select(inputs)
-        return super().__call__(inputs, *args, **kwargs)
+    def _checked(self, inputs):
+        if not hasattr(self, "_input_names"):
+            return inputs
+        inputs = self._select(inputs)
+        for name in self._index_inputs:
+            _check_integers(f"input {name!r}", inputs[name])
+        return inputs
 
     def _select(self, inputs):
         """The inputs this model needs, from a dict, or from a list in the order of get_feature_names."""
@@ -397,20 +438,37 @@ class ColumnDeepFM(_ConfiguredModel):
         """What Keras can slice, from a dict or list of arrays and pandas Series; anything else as it is."""
         if not isinstance(x, dict | list | tuple):
             return x
-        arrays = {}
-        for name, column in self._select(x).items():
-            if not tf.is_tensor(column):
-                if self._input_dtypes[name] == "string":  # Keras slices no NumPy array of text
-                    column = tf.constant(np.asarray(column, dtype=object).astype(str), tf.string)
-                else:
-                    column = np.asarray(column)
-                    if column.dtype.kind not in "iufb":
-                        raise TypeError(f"input {name!r} must hold numbers, got dtype {column.dtype}")
-            arrays[name] = column
+        arrays = {name: self._array(name, column) for name, column in self._select(x).items()}
         lengths = {name: array.shape[0] if len(array.shape) else None for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"inputs must be equally long, got {lengths}")
         return arrays
+
+    def _array(self, name, column):
+        """One input in the shape and kind that the model has for it."""
+        shape, kind = self._input_specs[name]
+        if not tf.is_tensor(column):
+            column = np.asarray(column, dtype=object if kind == "string" else None)
+            if kind == "string":
+                column = np.vectorize(_text, otypes=[object])(column) if column.size else column
+            elif column.dtype.kind not in "iufb":
+                raise TypeError(f"input {name!r} must hold numbers, got dtype {column.dtype}")
+            elif kind == "int64" and column.dtype.kind == "f":
+                if not (np.isfinite(column) & (column == np.floor(column))).all():
+                    raise TypeError(f"input {name!r} must hold integers, got {column.dtype} with fractions or NaN")
+                column = column.astype(np.int64)
+        batch = column.shape[0] if len(column.shape) else 1
+        if tuple(column.shape[1:]) != shape:
+            if int(np.prod(column.shape[1:])) != int(np.prod(shape)):
+                raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {tuple(column.shape)}")
+            reshape = tf.reshape if tf.is_tensor(column) else np.reshape
+            column = reshape(column, (batch, *shape))
+        # Keras slices no NumPy array of text.
+        return (
+            tf.constant(column, tf.string, shape=column.shape)
+            if kind == "string" and not tf.is_tensor(column)
+            else column
+        )
 
     # Keras asks these for arrays, or for something it can iterate over.
 
@@ -444,6 +502,13 @@ def _targets(y):
     return y.reshape(-1, 1) if y.ndim == 1 else y
 
 
+def _text(value):
+    """A cell as text; a missing one is the empty string."""
+    if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value):
+        return ""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
 class _dtype_policy:
     """The dtype policy of a saved model while its layers are made again; None: the policy in force."""
 
@@ -472,11 +537,13 @@ def _tables(columns, width):
 
 def _encoded(inputs, columns, encoders):
     """The pairs of these columns; made once for all parts that have the same columns."""
-    key = tuple(column.name for column in columns)
-    if key not in encoders:
-        encoder = _columns.ColumnEncoder(columns, name=f"encode_{len(encoders)}")
-        encoders[key] = encoder(_needed(inputs, columns))
-    return encoders[key]
+    wanted = [_columns.encoding(column) for column in columns]
+    for encodings, pairs in encoders:
+        if encodings == wanted:
+            return pairs
+    pairs = _columns.ColumnEncoder(columns, name=f"encode_{len(encoders)}")(_needed(inputs, columns))
+    encoders.append((wanted, pairs))
+    return pairs
 
 
 def _is_max(column):
@@ -556,6 +623,9 @@ def _embeddings(inputs, columns, l2, seed, backend, encoders):
 def _second_order(embeddings, groups, fm_group):
     """The second order of each group: from the op where the group is a whole table, else from the embeddings."""
     parts = []
+    unknown = [group for group in fm_group if group not in groups and group != DEFAULT_GROUP_NAME]
+    if unknown:
+        raise ValueError(f"fm_group names {unknown}, but the columns' groups are {sorted(groups)}")
     for group in fm_group:
         members = groups.get(group, [])
         tables = sorted({table for table, _ in members})

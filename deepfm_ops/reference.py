@@ -79,15 +79,26 @@ def _gather_unique(table, indices):
 def _checked(pairs, num_rows):
     """The pairs, once every index is known to be in [0, num_rows) and the row_splits to be sound."""
     indices, values, row_splits = pairs
+    if row_splits is None:
+        want = "indices must be rank 2 [B, F], or rank 1 with row_splits; got shape {}"
+        indices = _with_rank(indices, 2, want)
+    else:
+        indices = _with_rank(indices, 1, "indices must be rank 1 [nnz] with row_splits, got shape {}")
+        row_splits = _with_rank(row_splits, 1, "row_splits must be rank 1 [B + 1], got shape {}")
     checks = []
-    if values is not None and not values.shape.is_fully_defined():
-        same = tf.reduce_all(tf.equal(tf.shape(values), tf.shape(indices)))
-        sizes = lambda: (tf.size(indices), tf.size(values))  # noqa: E731
-        checks += _inputs.require(same, "values must have the shape of indices, {} elements, got {}", sizes)
+    if values is not None and not (values.shape.is_fully_defined() and indices.shape.is_fully_defined()):
+        text = "values must have the shape of indices, {}, got {}"
+        shapes = lambda: (tf.shape(indices), tf.shape(values))  # noqa: E731
+        with tf.control_dependencies(_inputs.require(tf.equal(tf.rank(values), tf.rank(indices)), text, shapes)):
+            shape = tf.shape(values)
+        same = tf.reduce_all(tf.equal(tf.reshape(shape, tf.shape(tf.shape(indices))), tf.shape(indices)))
+        checks += _inputs.require(same, text, shapes)
     if row_splits is not None:
         checks += _row_splits_checks(row_splits, tf.size(indices, tf.int64))
-    with tf.control_dependencies(checks):
+    with tf.control_dependencies(checks):  # what follows uses all three, so none may be read before
         wide = tf.cast(indices, tf.int64)
+        values = None if values is None else tf.identity(values)
+        row_splits = None if row_splits is None else tf.identity(row_splits)
         bad = tf.logical_or(wide < 0, wide >= num_rows)
 
     def first_bad():
@@ -104,7 +115,21 @@ def _checked(pairs, num_rows):
         return _inputs.Pairs(tf.identity(indices), values, row_splits)
 
 
+def _with_rank(x, rank, text):
+    """The tensor, once its rank is known to be `rank`."""
+    if x.shape.rank is None:
+        with tf.control_dependencies(_inputs.require(tf.equal(tf.rank(x), rank), text, lambda: (tf.shape(x),))):
+            x = tf.identity(x)
+        x.set_shape([None] * rank)
+    return x
+
+
 def _row_splits_checks(row_splits, nnz):
+    filled = _inputs.require(
+        tf.size(row_splits) > 0, "row_splits must be rank 1 [B + 1], got shape {}", lambda: (tf.shape(row_splits),)
+    )
+    with tf.control_dependencies(filled):
+        row_splits = tf.identity(row_splits)
     last = tf.size(row_splits) - 1
     steps = row_splits[1:] - row_splits[:-1]
 

@@ -73,9 +73,8 @@ COLUMNS = {
 
 
 def build(columns, **arguments):
-    return DeepFM.from_columns(
-        columns, columns, **{"dnn_hidden_units": (8,), "fm_group": ["default_group", "a", "b"], **arguments}
-    )
+    groups = sorted({getattr(column, "group_name", "default_group") for column in columns})
+    return DeepFM.from_columns(columns, columns, **{"dnn_hidden_units": (8,), "fm_group": groups, **arguments})
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
@@ -152,7 +151,7 @@ def test_pooling(combiner, weights, by_length, rng):
 def test_groups_interact_within_themselves(inputs, rng):
     columns = COLUMNS["groups"]
     scores = {}
-    for group in (["a"], ["b"], ["a", "b"], ["none of these"]):
+    for group in ("a", ["b"], ["a", "b"], ["default_group"]):
         model = DeepFM.from_columns(columns, columns, fm_group=group, use_deep=False, task="regression", seed=3)
         for weight in model.weights:  # the same numbers in each model, where it has the table at all
             if weight.path == "fm_0/embeddings":
@@ -255,7 +254,7 @@ def test_damaged_vocabulary(content, message, tmp_path):
         (
             lambda: [SparseFeat("a", 3, embedding_name="e"), SparseFeat("b", 4, embedding_name="e")],
             ValueError,
-            "column 'b': embedding 'e' has 3 rows in another column, 4 here",
+            "columns 'a' and 'b' share embedding 'e', so their vocabulary_size must be one, got 3 and 4",
         ),
     ],
 )
@@ -264,8 +263,98 @@ def test_bad_columns(columns, error, message):
         build(columns())
 
 
+def test_linear_and_deep_columns_of_one_name_are_encoded_each_by_itself():
+    """They may pool, hash and share differently."""
+    table = np.arange(14.0).reshape(7, 2) / 10
+    for linear, deep, expected in (
+        ("sum", "mean", 0.3),
+        ("mean", "sum", 0.6),
+        ("mean", "max", 0.4),
+        ("max", "mean", 0.3),
+    ):
+        columns = [[VarLenSparseFeat(SparseFeat("g", 7, 2), 3, c)] for c in (linear, deep)]
+        model = DeepFM.from_columns(*columns, dnn_hidden_units=(), use_fm=False, task="regression")
+        model.get_layer("fm_0").embeddings.assign(table)
+        model.get_layer("deep").kernel.assign([[1.0], [0.0]])
+        if linear == "max":
+            model.get_layer("first_order_0").embeddings.assign(np.zeros((7, 1)))
+        scores = model.predict({"g": np.array([[1, 0, 0], [1, 2, 0]])}, verbose=0)
+        np.testing.assert_allclose(scores[1], expected, atol=1e-6)
+    linear = [SparseFeat("a", 7), SparseFeat("b", 7, embedding_name="a")]
+    model = DeepFM.from_columns(linear, [SparseFeat("a", 7), SparseFeat("b", 7)], dnn_hidden_units=(2,))
+    assert model.get_layer("first_order_0").num_features == 7 and model.get_layer("fm_0").num_features == 14
+    assert np.isfinite(model.predict({"a": np.array([6]), "b": np.array([6])}, verbose=0)).all()
+    linear = [SparseFeat("a", 10, use_hash=True)]
+    model = DeepFM.from_columns(linear, [SparseFeat("a", 1000, use_hash=True)], dnn_hidden_units=(2,))
+    assert np.isfinite(model.predict({"a": np.arange(500)}, verbose=0)).all()
+
+
+def test_embeddings_that_cannot_be_shared():
+    base = SparseFeat("a", 9)
+    for change in ({"trainable": False}, {"embedding_dim": 8}, {"embeddings_initializer": keras.initializers.Ones()}):
+        other = SparseFeat("b", 9, embedding_name="a")._replace(**change)
+        with pytest.raises(
+            ValueError, match=f"columns 'a' and 'b' share embedding 'a', so their {next(iter(change))} must"
+        ):
+            build([base, other])
+
+
+def test_indices_are_never_wrapped_or_rounded():
+    model = build([SparseFeat("a", 10), VarLenSparseFeat(SparseFeat("g", 5), 2)])
+    good = {"a": np.array([3.0]), "g": np.array([[1, 2]])}  # whole floats, as pandas makes them
+    assert model.predict(good, verbose=0).shape == (1, 1)
+    for bad in (2**32 + 3, -(2**32) + 3):
+        message = rf"column a: index in row 0 = {bad} is not in \[0, 10\)"
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            model.predict({**good, "a": np.array([bad])}, verbose=0)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            model({**good, "a": np.array([bad])})
+    for bad in (1.7, np.nan):
+        with pytest.raises(TypeError, match="input 'a' must hold integers, got float64 with fractions or NaN"):
+            model.predict({**good, "a": np.array([bad])}, verbose=0)
+    with pytest.raises(TypeError, match="input 'a' must be int32 or int64, got float32"):
+        model({**good, "a": tf.constant([[1.7]])})
+    encoder = ColumnEncoder([SparseFeat("a", 1000, use_hash=True)])
+    indices = encoder({"a": tf.constant([[3], [2**32 + 3]], tf.int64)})[0]
+    assert indices[0, 0] != indices[1, 0]
+
+
+def test_columns_of_either_rank_and_wrong_widths(inputs):
+    columns = [USER, PAIR, VarLenSparseFeat(TAG, 4, "sum", weight_name="tags_weight")]
+    model = build(columns)
+    expected = model.predict(inputs, verbose=0)
+    other = {**inputs, "user": inputs["user"].to_numpy()[:, None], "tags_weight": inputs["tags_weight"][..., 0]}
+    np.testing.assert_array_equal(model.predict(other, verbose=0), expected)
+    np.testing.assert_array_equal(model.predict(inputs, verbose=0), expected)
+    for name, bad in (
+        ("user", np.zeros((ROWS, 2), int)),
+        ("pair", np.zeros((ROWS, 1))),
+        ("tags", np.zeros((ROWS, 3), int)),
+    ):
+        with pytest.raises(ValueError, match=rf"input '{name}' must have shape \('B', \d\), got \({ROWS}, \d\)"):
+            model.predict({**inputs, name: bad}, verbose=0)
+
+
+def test_missing_and_encoded_text():
+    """A missing cell is the empty string, whatever stands for it; bytes are UTF-8."""
+    model = build([CITY])
+    texts = ["é", "", None, pd.NA, np.nan, "é".encode()]
+    scores = model.predict({"city": np.array(texts, dtype=object)}, verbose=0)[:, 0]
+    assert len(set(scores[1:5])) == 1 and scores[0] == scores[5] != scores[1]
+    series = pd.Series(["é", None], dtype="string")
+    np.testing.assert_array_equal(model.predict({"city": series}, verbose=0)[:, 0], scores[:2])
+
+
+def test_no_rows(inputs):
+    model = build([USER, CITY])
+    empty = {"user": np.zeros(0, int), "city": np.zeros(0, object)}
+    assert model.predict(empty, verbose=0).shape == (0, 1)
+
+
 def test_bad_inputs(inputs):
     model = build([USER, CITY, AGE])
+    with pytest.raises(ValueError, match=r"fm_group names \['nope'\], but the columns' groups are \['default_group'\]"):
+        build([USER, CITY], fm_group=["nope"])
     with pytest.raises(KeyError, match=r"inputs are missing \['city', 'age'\]"):
         model.predict({"user": inputs["user"]}, verbose=0)
     with pytest.raises(ValueError, match="inputs must be equally long, got .*'user': 47"):

@@ -1,6 +1,7 @@
 """FeatureDictionary: numbering, missing and unseen values, files, bad input."""
 
 import datetime
+import decimal
 import json
 
 import numpy as np
@@ -99,18 +100,31 @@ def test_equal_data_give_equal_numbers(frame):
     np.testing.assert_array_equal(a.transform(frame)[0], b.transform(frame)[0])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{}",
-        "[1]",
-        '{"format": 2, "separator": "|", "fields": []}',
-        '{"format": 1, "fields": 3}',
-        "x" * 99,
-        '{"format": 1, "separator": "|", "fields": [{"name": "a", "kind": "numeric", "size": 1, "start": 5}]}',
-    ],
-)
+def field(**changes):
+    """A saved dictionary of one field, with something changed in it."""
+    good = {"name": "a", "kind": "categorical", "size": 1, "start": 1, "values": ["x", "y"]}
+    return json.dumps({"format": 1, "separator": "|", "fields": [{**good, **changes}]})
+
+
+DAMAGED = [
+    "",
+    "{}",
+    "[1]",
+    "x" * 99,
+    '{"format": 2, "separator": "|", "fields": []}',
+    '{"format": 1, "fields": 3}',
+    field(start=5),
+    field(kind="multivalued", size=-3),
+    field(size=2),
+    field(size="1"),
+    field(values="ab"),
+    field(values=[2, 2]),
+    field(kind="other"),
+    field()[:-9],
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_file(content, tmp_path):
     path = tmp_path / "features.json"
     path.write_text(content)
@@ -152,6 +166,39 @@ def test_damaged_file(content, tmp_path):
 def test_bad_tables(frame, change, columns, error, message):
     with pytest.raises(error, match=message):
         FeatureDictionary().fit(change(frame), **columns)
+
+
+def test_a_fit_that_fails_changes_nothing(frame):
+    features = FeatureDictionary().fit(frame, **COLUMNS)
+    before = features.transform(frame)[0]
+    with pytest.raises(TypeError, match="column 'age' must hold numbers|a category must be"):
+        features.fit({"city": ["x"], "user": [b"bytes"]}, categorical=["city", "user"])
+    np.testing.assert_array_equal(features.transform(frame)[0], before)
+
+
+def test_unseen_kinds_of_values_become_zero():
+    features = FeatureDictionary().fit({"a": ["x", "y"], "m": ["p", "q"]}, categorical=["a"], multivalued=["m"])
+    odd = [b"x", decimal.Decimal(1), pd.Timestamp("2020"), (1, 2), pd.NaT, 5]
+    column = np.empty(len(odd), object)
+    column[:] = odd
+    indices, values = features.transform({"a": column, "m": [[value] for value in odd]})
+    assert not indices.any() and not values.any()
+
+
+def test_a_name_of_several_columns(frame):
+    doubled = pd.concat([frame, frame[["city", "age"]]], axis=1)
+    for kind, name in (("categorical", "city"), ("numeric", "age")):
+        with pytest.raises(ValueError, match=f"column '{name}' must be one column of values, got shape"):
+            FeatureDictionary().fit(doubled, **{kind: [name]})
+
+
+def test_saving_odd_text_and_failing_leaves_no_file_behind(tmp_path):
+    features = FeatureDictionary().fit({"a": ["\ud800", "é"]}, categorical=["a"])
+    features.save(tmp_path / "features.json")
+    assert FeatureDictionary.load(tmp_path / "features.json").fields == features.fields
+    with pytest.raises(OSError):
+        features.save(tmp_path)  # a folder
+    assert [p.name for p in tmp_path.iterdir()] == ["features.json"]
 
 
 def test_transform_needs_its_columns(frame):

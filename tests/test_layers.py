@@ -130,10 +130,11 @@ def test_in_a_keras_model(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_features": 0}, "num_features must be at least 1, got 0"),
-        ({"embedding_dim": 0}, "embedding_dim must be at least 1"),
+        ({"num_features": 0}, "num_features must be an integer of at least 1, got 0"),
+        ({"embedding_dim": 0}, "embedding_dim must be an integer of at least 1"),
         ({"output": "sum"}, "output must be one of scalar, vector, got 'sum'"),
         ({"output": "vector", "use_linear": True}, "use_linear adds the first order to the scalar"),
+        ({"field_sizes": [3, -1, 1]}, "a field size must be an integer of at least 1, got -1"),
         ({"backend": "cuda"}, "backend must be one of auto, native, reference, got 'cuda'"),
     ],
 )

@@ -17,7 +17,8 @@ def data(rng):
 
 
 def small(**arguments):
-    return DeepFM(60, 5, **{"embedding_dim": 4, "hidden_units": (8, 6), "seed": 1, **arguments})
+    defaults = {"num_features": 60, "num_fields": 5, "embedding_dim": 4, "hidden_units": (8, np.int64(6)), "seed": 1}
+    return DeepFM(**{**defaults, **arguments})
 
 
 PARTS = {
@@ -168,7 +169,10 @@ def test_the_gradient_of_the_model_is_sparse(data):
         ({"use_linear": False, "use_fm": False, "use_deep": False}, "at least one of use_linear, use_fm and use_deep"),
         ({"task": "multiclass"}, "task must be one of binary, regression, got 'multiclass'"),
         ({"field_sizes": [1, 2]}, "field_sizes must have num_fields = 5 entries, got 2"),
-        ({"embedding_dim": 0}, "embedding_dim must be at least 1"),
+        ({"embedding_dim": 0}, "embedding_dim must be an integer of at least 1, got 0"),
+        ({"num_fields": 0}, "num_fields must be an integer of at least 1"),
+        ({"num_features": 3.7}, "num_features must be an integer of at least 1, got 3.7"),
+        ({"hidden_units": (4, 0)}, "a hidden width must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -176,9 +180,43 @@ def test_bad_arguments(arguments, message):
         small(**arguments)
 
 
+def test_frozen_layers_stay_frozen(data, tmp_path):
+    inputs, labels = data
+    model = small()
+    model.get_layer("fm").trainable = False
+    model.compile("adam", "binary_crossentropy")
+    model.fit(inputs, labels, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert not again.get_layer("fm").trainable and again.get_layer("first_order").trainable
+    assert len(again.optimizer.variables) == len(model.optimizer.variables)
+    table = again.get_layer("fm").embeddings.numpy()
+    again.fit(inputs, labels, verbose=0)
+    np.testing.assert_array_equal(again.get_layer("fm").embeddings.numpy(), table)
+
+
+@pytest.mark.parametrize("field_sizes", [None, [1, 1, 1], [1, 1, 2]])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_number_of_columns_that_changes(field_sizes, backend):
+    """Keras retraces with unknown sizes, so only the run can tell."""
+    columns = 3 if field_sizes is None else sum(field_sizes)
+    model = DeepFM(10, 3, 1, use_deep=False, field_sizes=field_sizes, backend=backend)
+    assert model.predict((np.ones((2, columns), int), np.ones((2, columns))), verbose=0).shape == (2, 1)
+    assert model.predict((np.ones((3, columns), int), np.ones((3, columns))), verbose=0).shape == (3, 1)
+    for wrong in (columns + 2, columns - 1):
+        with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=f"{columns}"):
+            model.predict((np.ones((2, wrong), int), np.ones((2, wrong))), verbose=0)
+
+
 def test_bad_inputs(data):
     (indices, values), _ = data
     model = small()
+    for wrong in (indices + 0.5, values):
+        with pytest.raises(TypeError, match="indices must be int32 or int64, got float"):
+            model.predict((wrong, values), verbose=0)
+        with pytest.raises(TypeError, match="indices must be int32 or int64, got float"):
+            model((tf.constant(wrong), values))
+    assert model.predict((indices[:0], values[:0]), verbose=0).shape == (0, 1)
     with pytest.raises(ValueError, match="incompatible|[Ii]nvalid"):
         model.predict((indices[:, :4], values[:, :4]), verbose=0)
     indices = indices.copy()

@@ -156,6 +156,36 @@ def test_shapes_that_only_a_run_shows_to_differ(fm):
         call(tf.zeros((2, 3), tf.int64), tf.ones((3, 2)))
 
 
+UNKNOWN = tf.TensorSpec(None, tf.int64), tf.TensorSpec(None, tf.float32)
+
+
+@pytest.mark.parametrize(
+    ("indices", "values", "row_splits", "message"),
+    [
+        ([[[1, 2]]], [[[1, 1]]], None, r"indices must be rank 2 \[B, F\], or rank 1 with row_splits"),
+        ([1, 2], [1, 1], None, r"indices must be rank 2 \[B, F\], or rank 1 with row_splits"),
+        ([[1, 2]], 1, None, "values must have the shape of indices"),
+        ([[1, 2]], [[1], [1]], None, "values must have the shape of indices"),
+        ([1, 2], [1, 1], [], r"row_splits must be rank 1 \[B \+ 1\]"),
+        ([1, 2], [1, 1], 2, r"row_splits must be rank 1 \[B \+ 1\]"),
+        ([1, 2], [1, 1], [[0, 2]], r"row_splits must be rank 1 \[B \+ 1\]"),
+        ([[1, 2]], [[1, 1]], [0, 2], r"indices must be rank 1 \[nnz\] with row_splits"),
+        ([1, 2, 3], [[1], [1], [1]], [0, 3], "values must have the shape of indices"),
+    ],
+)
+def test_ranks_that_only_a_run_shows_to_be_wrong(fm, indices, values, row_splits, message):
+    specs = [*UNKNOWN] if row_splits is None else [*UNKNOWN, UNKNOWN[0]]
+
+    @tf.function(input_signature=specs)
+    def call(indices, values, row_splits=None):
+        return fm(tf.ones((4, 2)), indices, values, row_splits=row_splits)
+
+    inputs = [tf.constant(indices, tf.int64), tf.constant(values, tf.float32)]
+    inputs += [] if row_splits is None else [tf.constant(row_splits, tf.int64)]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        call(*inputs)
+
+
 def test_the_table_variable_must_be_what_the_op_was_made_for():
     if REFERENCE_MODE:
         return
