@@ -7,6 +7,7 @@
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
+SERIES := $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"])')
 SOURCES := $(shell find csrc -type f)
 
 .PHONY: setup test demo bench bench-full bench-peers sanitize lint format clean
@@ -19,7 +20,7 @@ setup: .venv/installed
 
 .venv/dependencies: .venv/bin/python pyproject.toml setup.py deepfm_ops/_version.py
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" \
-	  "$(TENSORFLOW)==$$($(BIN)/python -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"])').*"
+	  "$(TENSORFLOW)==$(SERIES).*"
 	touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)
@@ -46,8 +47,8 @@ bench-peers:
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 fbgemm-gpu-cpu==1.8.0 numpy
 	$(PYTHON) -m venv .venv-deepctr
-	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 tf-keras==2.21.*
-	.venv-deepctr/bin/python -m pip install --quiet tensorflow-cpu==2.21.* h5py requests pandas scikit-learn setuptools
+	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 "tf-keras==$(SERIES).*"
+	.venv-deepctr/bin/python -m pip install --quiet "tensorflow-cpu==$(SERIES).*" h5py requests pandas scikit-learn setuptools
 
 # The kernels under sanitizers, in a program without Python and TensorFlow.
 CASES ?= 50000

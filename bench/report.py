@@ -158,7 +158,7 @@ def main():
         "Written by `make bench`; change nothing here by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
-        "The machine is shared: read ratios, which come from sides that took turns in one run; brackets hold the quartiles.",
+        "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
         f"Commands: `{report.op['command']}`, `{report.kernels['command']}`.",
         "",
         "A gradient is a forward and a gradient. The op's and FBGEMM's gradients, and that of tf.unique, have each row",

@@ -26,7 +26,7 @@ static inline __attribute__((always_inline)) void PrefetchRow(const char* row, i
 // evicting what was fetched before it is used.
 static inline int64_t PrefetchDistance(int64_t row_bytes) {
   const int64_t rows = 2048 / row_bytes;
-  return rows > 32 ? 32 : rows < 4 ? 4 : rows;
+  return rows > 24 ? 24 : rows < 4 ? 4 : rows;
 }
 
 static inline int64_t PositionOf(const PairPositions& positions, int64_t j) {
