@@ -52,6 +52,8 @@ class Report:
             self.kernels["bfloat16"][0]["float32 over bfloat16"],
         )
         for row in self.kernels["threads"]:
+            if row["kind"] == "touch":
+                continue
             yield f"{row['kind']}, B=65536: one thread over two", 1.8, row["speedup"]
         for row in self.kernels["dims"]:
             worst = row["worst"]
@@ -65,6 +67,23 @@ class Report:
                 lines.append(f"| {what} | {goal} | not measured | |")
             else:
                 lines.append(f"| {what} | {goal} | {got:.2f} | {'met' if got >= goal else '**missed**'} |")
+        return lines
+
+    def reasons(self):
+        """What bounds the targets that are ratios to others: the floor of this run."""
+        found = self.cases.get(BASE, {})
+        floor, call = median(found, FLOOR, "forward"), median(self.cases.get(Case(batch=1), {}), OP, "forward")
+        lines = []
+        for side in ("TensorFlow formula", "TensorFlow formula, XLA", "FBGEMM lookup alone"):
+            theirs = median(found, side, "forward")
+            if theirs and floor and call:
+                lines.append(
+                    f"- {side} over the touch floor alone is {theirs / floor:.2f}; over the floor and the call of a "
+                    f"tf.function ({call:.2f} ms, the op's time at B=1) it is {theirs / (floor + call):.2f}."
+                )
+        touch = [row["speedup"] for row in self.kernels["threads"] if row["kind"] == "touch"]
+        if touch:
+            lines.append(f"- A second thread makes the touch floor itself {touch[0]:.2f} times faster at B=65536.")
         return lines
 
     def case_tables(self):
@@ -168,6 +187,8 @@ def main():
         "## Targets",
         "",
         *report.target_table(),
+        "",
+        *report.reasons(),
         "",
         "## Where we lose",
         "",

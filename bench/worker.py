@@ -39,8 +39,8 @@ def main():
                     times = []
                     for i in range(command["calls"] + 1):
                         start = time.perf_counter()
-                        function(i % 3)
-                        times.append((time.perf_counter() - start) * 1e3)
+                        seconds = function(i % 3)  # a float: the side timed its own loop
+                        times.append((seconds if isinstance(seconds, float) else time.perf_counter() - start) * 1e3)
                     answer = times[1:]
             reply = {"ok": answer}
         except Exception as error:  # the bench goes on without this side, and says why

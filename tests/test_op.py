@@ -461,6 +461,13 @@ def test_backend_argument():
     np.testing.assert_array_equal(native, plain)
 
 
+def test_results_that_cannot_be_allocated(fm):
+    with pytest.raises((tf.errors.ResourceExhaustedError, I)):
+        fm(tf.zeros((1, 10**6)), tf.zeros((10**6, 1), tf.int32), output="vector")  # 4e12 bytes
+    with pytest.raises((tf.errors.ResourceExhaustedError, I)):  # more elements than an int64 counts
+        fm(tf.zeros((0, 2**61)), np.zeros((4, 39), np.int64), output="vector")
+
+
 # ---------------------------------------------------------------------------------------------
 # Threads, memory
 
