@@ -122,11 +122,11 @@ class Report:
     def draw_batch(self, path):
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
         cases = sorted((c for c in self.cases if c == Case(batch=c.batch)), key=lambda c: c.batch)
+        sides = sorted({s for c in cases for s in self.cases[c]} - {OP, NUMPY, FLOOR})
         for axis, kind in zip(axes, ("forward", "gradient"), strict=True):
-            for side in sorted({s for c in cases for s in self.cases[c]} - {OP, NUMPY, FLOOR}):
+            for number, side in enumerate(sides):  # a side has one colour in both, also where it has no points
                 points = [(c.batch, self.ratio(c, side, kind)) for c in cases if self.ratio(c, side, kind)]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=side)
+                axis.plot(*(zip(*points, strict=True) if points else ([], [])), "o-", color=f"C{number}", label=side)
             axis.axhline(1, color="black", linewidth=1)
             axis.set(xscale="log", yscale="log", xlabel="batch", title=kind)
         axes[0].set_ylabel("time over that of the op")
@@ -147,7 +147,12 @@ class Report:
             # Per element: times the value, into the sum, into the sum of squares: 4 operations on 4 bytes.
             reached = case.useful_bytes / row["times"]["forward"][0] / 1e6
             axis.plot([1], [reached], "o", color=line.get_color())
-            axis.annotate(f"float32, {100 * reached / roof:.0f} %", (1.04, reached * 0.9), fontsize=8)
+            axis.annotate(
+                f"float32, {100 * reached / roof:.0f} %",
+                (1.04, reached),
+                fontsize=8,
+                va="top" if case.rows > 10**6 else "bottom",
+            )
         axis.set(
             xscale="log", yscale="log", xlabel="operations per byte of rows", ylabel="billion operations per second"
         )
