@@ -44,10 +44,19 @@ def make_indices(case, rng):
     return rng.permutation(case.rows)[ranks]  # popular rows lie anywhere in the table
 
 
+def aligned(array):
+    """A copy that starts at a line of the cache, as TensorFlow's tensors do and NumPy's arrays do not."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def make_data(case, seed=0):
     """(table [V, K] float32, indices [SETS, B, F], values [B, F] float32)."""
     rng = np.random.default_rng(seed)
-    table = rng.standard_normal((case.rows, case.dim), np.float32)
+    table = aligned(rng.standard_normal((case.rows, case.dim), np.float32))
     indices = np.stack([make_indices(case, rng) for _ in range(SETS)])
     return table, indices, rng.random((case.batch, case.fields), np.float32)
 

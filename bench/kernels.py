@@ -13,7 +13,7 @@ import time
 
 import ml_dtypes
 import numpy as np
-from common import SETS, Case, expected, machine, make_data, statistics
+from common import SETS, Case, aligned, expected, machine, make_data, statistics
 
 from deepfm_ops import _kernels
 
@@ -29,7 +29,7 @@ def load(case):
         unique, d_rows, _ = _kernels.fm_gradient(table, indices[0], values, sums, np.ones_like(got))
         np.testing.assert_array_equal(unique, rows)
         np.testing.assert_allclose(d_rows, gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max())
-    return (table if case.dtype == "float32" else table.astype(ml_dtypes.bfloat16)), indices, values
+    return (table if case.dtype == "float32" else aligned(table.astype(ml_dtypes.bfloat16))), indices, values
 
 
 def take_turns(functions, rounds):

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import tensorflow as tf
+from common import aligned
 
 import deepfm_ops
 from deepfm_ops import _kernels, reference
@@ -17,7 +18,7 @@ def formula(table, indices, values):
 
 def sides(case, table, indices, values):
     dtype = {"float32": tf.float32, "bfloat16": tf.bfloat16}[case.dtype]
-    array = table if case.dtype == "float32" else table.astype(ml_dtypes.bfloat16)
+    array = aligned(table if case.dtype == "float32" else table.astype(ml_dtypes.bfloat16))
     variable = tf.Variable(tf.cast(table, dtype))
     # As in training: after a sparse update, reading the variable's value would copy it.
     variable.scatter_sub(tf.IndexedSlices(tf.zeros((1, case.dim), dtype), [0]))

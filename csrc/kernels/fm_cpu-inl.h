@@ -19,7 +19,10 @@ static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Always inlined: as a function of its own it has no effect that GCC counts, and calls to it are dropped.
 static inline __attribute__((always_inline)) void PrefetchRow(const char* row, int64_t bytes) {
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
+  // Line by line: a row that is not aligned to a line lies in one more than its size says.
+  const char* end = row + bytes;
+  for (const char* line = row - (reinterpret_cast<uintptr_t>(row) & 63); line < end; line += 64)
+    __builtin_prefetch(line);
 }
 
 // How many rows ahead to fetch: about 2 KiB in flight, which hides the latency of memory without
@@ -109,9 +112,17 @@ static inline void StoreBlock(T* p, int tail, const VecOf<T> (&v)[kVecs]) {
   }
 }
 
-// One block of columns, samples [begin, end).
+template <typename I>
+static inline bool InRange(I index, int64_t num_rows) {
+  return static_cast<uint64_t>(static_cast<int64_t>(index)) < static_cast<uint64_t>(num_rows);
+}
+
+// One block of columns, samples [begin, end). The first block checks and prefetches the pairs a
+// distance ahead, up to `last_pair`, and returns the first that is out of range, before any use of
+// it; else -1.
 template <typename T, typename I, int kVecs, bool kPartial>
-static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64_t first, int tail) {
+static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64_t last_pair, int64_t first,
+                            int tail) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   const FmShape& shape = a.shape;
@@ -131,9 +142,11 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
     const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
     V s[kVecs] = {}, q[kVecs] = {};
     auto prefetch = [&](int64_t p) __attribute__((always_inline)) {
-      if (first == 0 && p + distance < shape.num_pairs)
-        PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<uint64_t>(indices[p + distance]) * row_bytes,
-                    row_bytes);
+      if (first != 0 || p + distance >= last_pair) return true;
+      const I index = indices[p + distance];
+      if (__builtin_expect(!InRange(index, shape.num_rows), 0)) return false;
+      PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
+      return true;
     };
     auto load = [&](int64_t p, V(&e)[kVecs]) {
       LoadBlock<kVecs, kPartial>(table + static_cast<int64_t>(indices[p]) * dim, tail, e);
@@ -152,7 +165,7 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
     };
     if (!fields) {
       for (int64_t p = start; p < stop; ++p) {
-        prefetch(p);
+        if (!prefetch(p)) return p + distance;
         V e[kVecs];
         load(p, e);
         add_field(e, p);
@@ -161,7 +174,7 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
       for (int64_t f = 0; f < shape.num_fields; ++f) {
         V e[kVecs] = {};
         for (int64_t p = start + fields[f]; p < start + fields[f + 1]; ++p) {
-          prefetch(p);
+          if (!prefetch(p)) return p + distance;
           V pair[kVecs];
           load(p, pair);
 #pragma GCC unroll 8
@@ -186,40 +199,32 @@ static void ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64
       interaction[b] = (first == 0 ? A(0) : interaction[b]) + HorizontalSum(q[0]);
     }
   }
-}
-
-// The first p in [begin, end) with indices[p] outside [0, num_rows), or -1.
-template <typename I>
-static int64_t FirstOutOfRange(const I* indices, int64_t begin, int64_t end, int64_t num_rows) {
-  bool bad = false;
-  for (int64_t p = begin; p < end; ++p)
-    bad |= static_cast<uint64_t>(static_cast<int64_t>(indices[p])) >= static_cast<uint64_t>(num_rows);
-  if (!bad) return -1;
-  while (static_cast<uint64_t>(static_cast<int64_t>(indices[begin])) < static_cast<uint64_t>(num_rows)) ++begin;
-  return begin;
+  return -1;
 }
 
 template <typename T, typename I>
 static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   const FmShape& shape = a.shape;
-  const bool one_block = shape.dim <= kMaxVecs * kLanes<T>;
-  // Indices are checked a stretch ahead of their use, which brings them into cache. With several
-  // blocks of columns a sample's rows are read once per block, so they must still be in cache.
-  constexpr int64_t kStretch = 32;
-  for (int64_t b = begin; b < end; b += kStretch) {
-    const int64_t stop = Min(b + kStretch, end);
-    const int64_t first_pair = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
-    const int64_t last_pair = shape.row_splits ? shape.row_splits[stop] : stop * shape.pairs_per_sample;
-    const int64_t bad = FirstOutOfRange(static_cast<const I*>(a.indices), first_pair, last_pair, shape.num_rows);
-    if (bad >= 0) return bad;
-    const int64_t step = one_block ? stop - b : 1;
-    for (int64_t c = b; c < stop; c += step) {
-      ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
-        ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, c, c + step, first, tail);
-      });
-    }
+  const int64_t first_pair = shape.row_splits ? shape.row_splits[begin] : begin * shape.pairs_per_sample;
+  const int64_t last_pair = shape.row_splits ? shape.row_splits[end] : end * shape.pairs_per_sample;
+  const int64_t row_bytes = shape.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t warm = Min(last_pair, first_pair + PrefetchDistance(row_bytes));
+  for (int64_t p = first_pair; p < warm; ++p) {
+    const I index = static_cast<const I*>(a.indices)[p];
+    if (!InRange(index, shape.num_rows)) return p;
+    PrefetchRow(static_cast<const char*>(a.table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
   }
-  return -1;
+  // With several blocks of columns a sample's rows are read once per block, while still in cache.
+  const int64_t step = shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 1;
+  int64_t bad = -1;
+  for (int64_t b = begin; b < end && bad < 0; b += step) {
+    ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+      if (bad < 0)
+        bad = ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, last_pair,
+                                                                                         first, tail);
+    });
+  }
+  return bad;
 }
 
 // One block of columns, groups [begin, end).
@@ -255,7 +260,14 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
       if (first == 0 && j + distance < stop) {
         const int64_t ahead = PositionOf(positions, j + distance);
-        if (sums) PrefetchRow(reinterpret_cast<const char*>(sums + SampleOf(map, ahead) * dim), dim * sizeof(A));
+        const int64_t sample = SampleOf(map, ahead);
+        if (values) __builtin_prefetch(values + ahead);
+        if (a.output == Output::kScalar) {
+          __builtin_prefetch(g + sample);
+        } else {
+          PrefetchRow(reinterpret_cast<const char*>(g + sample * dim), dim * sizeof(A));
+        }
+        if (sums) PrefetchRow(reinterpret_cast<const char*>(sums + sample * dim), dim * sizeof(A));
         if (de) PrefetchRow(reinterpret_cast<const char*>(de + FieldOf(map, ahead) * dim), dim * sizeof(A));
       }
       const int64_t p = PositionOf(positions, j);

@@ -158,12 +158,15 @@ void RowGroups::FindGroups(const Item* items, int64_t n, const Parallel& paralle
   rows_ = Scratch<int64_t>(size_);
   starts_ = Scratch<int64_t>(size_ + 1);
   starts_[size_] = n;
+  // Backwards and without a branch: every pair writes its group's entry, the group's first pair last.
   parallel.run(pieces, [&](int64_t piece) {
-    int64_t u = before[piece];
-    for (int64_t j = cut(piece); j < cut(piece + 1); ++j) {
-      if (!is_first(j)) continue;
+    int64_t lead = cut(piece);
+    while (lead < cut(piece + 1) && !is_first(lead)) ++lead;  // of a group that an earlier piece writes
+    int64_t u = before[piece + 1] - 1;
+    for (int64_t j = cut(piece + 1) - 1; j >= lead; --j) {
       rows_[u] = static_cast<int64_t>(items[j].key());
-      starts_[u++] = j;
+      starts_[u] = j;
+      u -= is_first(j);
     }
   });
 }

@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -12,6 +14,7 @@ namespace {
 constexpr int64_t kHeader = 64;                    // holds the block's size, keeps the alignment
 constexpr int64_t kMostKept = int64_t{256} << 20;  // bytes in the free list, over all threads
 constexpr int64_t kPage = 4096;
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
 struct Block {
   int64_t bytes;
@@ -31,8 +34,8 @@ std::vector<Block>& Free() {
 }  // namespace
 
 void* TakeScratch(int64_t bytes) {
-  if (bytes < 0 || bytes > std::numeric_limits<int64_t>::max() - 2 * kPage) throw std::bad_alloc();
-  const int64_t needed = (bytes + kHeader + kPage - 1) / kPage * kPage;
+  if (bytes < 0 || bytes > std::numeric_limits<int64_t>::max() - 2 * kHugePage) throw std::bad_alloc();
+  int64_t needed = (bytes + kHeader + kPage - 1) / kPage * kPage;
   Block block = {0, nullptr};
   {
     std::lock_guard<std::mutex> lock(Mutex());
@@ -51,8 +54,11 @@ void* TakeScratch(int64_t bytes) {
     }
   }
   if (!block.start) {
-    block = {needed, static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(needed)))};
+    const bool huge = needed >= 2 * kHugePage;
+    if (huge) needed = (needed + kHugePage - 1) / kHugePage * kHugePage;
+    block = {needed, static_cast<char*>(std::aligned_alloc(huge ? kHugePage : 64, static_cast<size_t>(needed)))};
     if (!block.start) throw std::bad_alloc();
+    if (huge) madvise(block.start, static_cast<size_t>(needed), MADV_HUGEPAGE);  // a wish: fewer faults, fewer TLB misses
     *reinterpret_cast<int64_t*>(block.start) = needed;
   }
   return block.start + kHeader;

@@ -1,4 +1,8 @@
 // The TensorFlow side: registration, shape functions, validation, allocation. No arithmetic.
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -6,6 +10,9 @@
 
 #include "../kernels/cpu_kernels.h"
 #include "../kernels/fm.h"
+#include "../kernels/scratch.h"
+#include "absl/synchronization/notification.h"
+#include "tensorflow/core/framework/allocation_description.pb.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -189,15 +196,35 @@ const void* Data(const Tensor& t) { return t.tensor_data().data(); }
 void* MutableData(Tensor* t) { return const_cast<char*>(t->tensor_data().data()); }
 const void* DataOrNull(const OpInputList& list) { return list.size() ? Data(list[0]) : nullptr; }
 
+// One call's tasks, taken one by one by the caller and by helpers. A helper that comes too late finds
+// none left and touches nothing of the caller's, so the caller never waits for threads to wake up.
+struct Job {
+  explicit Job(int64_t tasks, const std::function<void(int64_t)>* fn) : tasks(tasks), fn(fn) {}
+
+  void Work() {
+    for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
+      (*fn)(i);
+      if (done.fetch_add(1) + 1 == tasks) all_done.Notify();
+    }
+  }
+
+  const int64_t tasks;
+  const std::function<void(int64_t)>* const fn;  // valid while a task is left
+  std::atomic<int64_t> next{0}, done{0};
+  absl::Notification all_done;
+};
+
 Parallel PoolOf(OpKernelContext* ctx) {
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
   Parallel parallel;
   parallel.threads = workers->num_threads;
-  parallel.run = [pool = workers->workers](int64_t tasks, const std::function<void(int64_t)>& fn) {
+  parallel.run = [workers](int64_t tasks, const std::function<void(int64_t)>& fn) {
     if (tasks == 1) return fn(0);
-    pool->TransformRangeConcurrently(1, tasks, [&fn](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) fn(task);
-    });
+    auto job = std::make_shared<Job>(tasks, &fn);
+    for (int64_t i = 1; i < std::min<int64_t>(tasks, workers->num_threads); ++i)
+      workers->workers->Schedule([job] { job->Work(); });
+    job->Work();
+    job->all_done.WaitForNotification();
   };
   return parallel;
 }
@@ -212,10 +239,34 @@ Status CheckShape(const char* name, const Tensor& t, const Sizes& sizes) {
   return InvalidArgument(name, " must have shape ", want.DebugString(), ", got ", t.shape().DebugString());
 }
 
+// A tensor's memory out of the kernels' scratch.
+class ScratchBuffer : public tensorflow::TensorBuffer {
+ public:
+  explicit ScratchBuffer(int64_t bytes) : TensorBuffer(TakeScratch(bytes)), bytes_(bytes) {}
+  ~ScratchBuffer() override { GiveBackScratch(data()); }
+  size_t size() const override { return bytes_; }
+  TensorBuffer* root_buffer() override { return this; }
+  void FillAllocationDescription(tensorflow::AllocationDescription* description) const override {
+    description->set_allocated_bytes(bytes_);
+  }
+
+ private:
+  const int64_t bytes_;
+};
+
+// Allocates an output; a large one out of scratch, whose pages are not faulted in afresh each step.
 Status Allocate(OpKernelContext* ctx, int output, const Sizes& sizes, Tensor** tensor) {
+  constexpr int64_t kLarge = 1 << 20;
   TensorShape shape;
   TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
-  return ctx->allocate_output(output, shape, tensor);
+  const DataType dtype = ctx->expected_output_dtype(output);
+  const int64_t elements = shape.num_elements(), size = tensorflow::DataTypeSize(dtype);
+  if (elements < kLarge / size || elements > std::numeric_limits<int64_t>::max() / size)
+    return ctx->allocate_output(output, shape, tensor);
+  ctx->set_output(
+      output, Tensor(dtype, shape, tensorflow::core::RefCountPtr<ScratchBuffer>(new ScratchBuffer(elements * size))));
+  *tensor = ctx->mutable_output(output);
+  return absl::OkStatus();
 }
 
 // Attributes and validated inputs of the forward and of its gradient.
@@ -245,7 +296,7 @@ class FmKernel : public OpKernel {
       Run(ctx);
     } catch (const std::bad_alloc&) {
       ctx->SetStatus(
-          tensorflow::errors::ResourceExhausted("no memory to group ", ctx->input(1).NumElements(), " indices"));
+          tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->input(1).NumElements(), " indices"));
     }
   }
 
@@ -414,7 +465,9 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, Allocate(ctx, 0, {groups.size()}, &unique));
     OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {groups.size(), shape.dim}, &rows));
     OP_REQUIRES_OK(ctx, ctx->allocate_output(2, need_values_ ? indices.shape() : TensorShape({0}), &d_values));
-    std::copy_n(groups.rows(), groups.size(), unique->flat<int64_t>().data());
+    pool.For(groups.size(), 1 << 15, [&](int64_t begin, int64_t end) {
+      std::copy(groups.rows() + begin, groups.rows() + end, unique->flat<int64_t>().data() + begin);
+    });
     args.table_type = TableTypeOf(dtype_);
     args.output = output_;
     args.table = Data(table.tensor());
