@@ -18,7 +18,7 @@ _HOME = {
     "FeatureDictionary": "features",
     "native_info": "_library",
 }
-_MODULES = ("datasets", "deepctr", "features", "layers", "models", "ops", "reference")
+_MODULES = ("datasets", "deepctr", "features", "layers", "models", "ops", "optimizers", "reference")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

@@ -53,7 +53,7 @@ class _SparseLayer(keras.layers.Layer):
         self.backend = backend
         self.supports_jit = False
 
-    def _interaction(self, table, inputs, output, return_embeddings=False):
+    def _interaction(self, table, inputs, output, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)
         table, pairs = _inputs.parse(table, indices, values, None, "vector")
         splits = ()
@@ -63,14 +63,21 @@ class _SparseLayer(keras.layers.Layer):
             splits = (0, *itertools.accumulate(self.field_sizes))
             pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
-        result, embeddings = ops.interaction(
-            table, pairs, output, field_splits=splits, return_embeddings=return_embeddings, backend=self.backend
+        result, embeddings, linear = ops.interaction(
+            table,
+            pairs,
+            output,
+            field_splits=splits,
+            return_embeddings=return_embeddings,
+            backend=self.backend,
+            **options,
         )
         if return_embeddings:
             embeddings = tf.cast(embeddings, self.compute_dtype)
             if pairs.row_splits is not None:
                 embeddings = tf.RaggedTensor.from_row_splits(embeddings, pairs.row_splits)
-        return tf.cast(result, self.compute_dtype), embeddings
+        linear = None if linear is None else tf.cast(linear, self.compute_dtype)
+        return tf.cast(result, self.compute_dtype), embeddings, linear
 
     def _fields(self, inputs):
         """[B, F] of the inputs' static shape."""
@@ -86,6 +93,12 @@ class _SparseLayer(keras.layers.Layer):
         }
 
 
+def _strength(name, strength):
+    if not isinstance(strength, int | float | np.number) or not 0 <= strength < np.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {strength!r}")
+    return float(strength)
+
+
 @keras.saving.register_keras_serializable("deepfm_ops")
 class FirstOrder(_SparseLayer):
     """The first-order term of a factorization machine: a weight per feature, times its value, summed.
@@ -96,6 +109,7 @@ class FirstOrder(_SparseLayer):
         num_features: number of features, V; indices are in [0, V).
         weights_initializer, weights_regularizer: of w [V, 1]. A regularizer acts on all of w, so that its
             gradient is dense.
+        l2: strength of a penalty on the rows that a batch uses, as for `FMInteraction`.
         backend: "auto", "native" or "reference".
 
     Call arguments:
@@ -107,9 +121,10 @@ class FirstOrder(_SparseLayer):
     """
 
     def __init__(
-        self, num_features, *, weights_initializer="zeros", weights_regularizer=None, field_sizes=None, **kwargs
+        self, num_features, *, weights_initializer="zeros", weights_regularizer=None, l2=0.0, field_sizes=None, **kwargs
     ):
         super().__init__(num_features, field_sizes, **kwargs)
+        self.l2 = _strength("l2", l2)
         self.weights_initializer = keras.initializers.get(weights_initializer)
         self.weights_regularizer = keras.regularizers.get(weights_regularizer)
 
@@ -123,7 +138,7 @@ class FirstOrder(_SparseLayer):
         )
 
     def call(self, inputs):
-        return self._interaction(self.w, inputs, "sum")[0]
+        return self._interaction(self.w, inputs, "sum", l2=self.l2)[0]
 
     def compute_output_shape(self, input_shape):
         return (self._fields(input_shape)[0], 1)
@@ -133,6 +148,7 @@ class FirstOrder(_SparseLayer):
             **super().get_config(),
             "weights_initializer": keras.initializers.serialize(self.weights_initializer),
             "weights_regularizer": keras.regularizers.serialize(self.weights_regularizer),
+            "l2": self.l2,
         }
 
 
@@ -148,12 +164,16 @@ class FMInteraction(_SparseLayer):
     Args:
         num_features: rows of the table, V; indices are in [0, V).
         embedding_dim: columns of the table, K.
-        use_linear: add the first-order term, sum over f of values[b,f] * w[indices[b,f]], to the scalar.
+        use_linear: add the first-order term, sum over f of values[b,f] * w[indices[b,f]], to the scalar;
+            the same op computes it.
         output: "scalar" or "vector".
         return_embeddings: also return the e[b,f,:], for a deep part that shares the table.
         embeddings_initializer, embeddings_regularizer: of the table [V, K]. A regularizer acts on the
             whole table, so that its gradient is dense.
         linear_initializer, linear_regularizer: of w [V, 1].
+        linear_apart: return the first order by itself, [B, 1], after the interaction, instead of adding it.
+        l2, l2_linear: strengths of a penalty on the rows that a batch uses: it adds 2 * l2 * row to the
+            gradient of each, once, and leaves the gradient sparse. The loss that is reported does not hold it.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.
         backend: "auto" (the native op where it loads), "native" or "reference".
@@ -193,6 +213,9 @@ class FMInteraction(_SparseLayer):
         embeddings_regularizer=None,
         linear_initializer="zeros",
         linear_regularizer=None,
+        linear_apart=False,
+        l2=0.0,
+        l2_linear=0.0,
         field_sizes=None,
         backend="auto",
         **kwargs,
@@ -200,29 +223,23 @@ class FMInteraction(_SparseLayer):
         super().__init__(num_features, field_sizes, backend, **kwargs)
         if output not in _inputs.OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(_inputs.OUTPUTS)}, got {output!r}")
-        if use_linear and output != "scalar":
+        if linear_apart and not use_linear:
+            raise ValueError("linear_apart needs use_linear")
+        if use_linear and not linear_apart and output != "scalar":
             raise ValueError(f"use_linear adds the first order to the scalar; output must be 'scalar', got {output!r}")
         self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.output_kind = output
         self.return_embeddings = return_embeddings
         self.use_linear = use_linear
+        self.linear_apart = linear_apart
         if embeddings_initializer is None:
             embeddings_initializer = keras.initializers.RandomNormal(stddev=0.01)
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
         self.embeddings_regularizer = keras.regularizers.get(embeddings_regularizer)
         self.linear_initializer = keras.initializers.get(linear_initializer)
         self.linear_regularizer = keras.regularizers.get(linear_regularizer)
-        self.first_order = None
-        if use_linear:
-            self.first_order = FirstOrder(
-                num_features,
-                weights_initializer=self.linear_initializer,
-                weights_regularizer=self.linear_regularizer,
-                field_sizes=field_sizes,
-                backend=backend,
-                dtype=self.dtype_policy,
-                name="first_order",
-            )
+        self.l2, self.l2_linear = _strength("l2", l2), _strength("l2_linear", l2_linear)
+        self.w = None
 
     def build(self, input_shape=None):
         self.embeddings = self.add_weight(
@@ -232,19 +249,37 @@ class FMInteraction(_SparseLayer):
             regularizer=self.embeddings_regularizer,
             autocast=False,
         )
-        if self.first_order is not None:
-            self.first_order.build(input_shape)
+        if self.use_linear:
+            self.w = self.add_weight(
+                name="w",
+                shape=(self.num_features, 1),
+                initializer=self.linear_initializer,
+                regularizer=self.linear_regularizer,
+                autocast=False,
+            )
 
     def call(self, inputs):
-        result, embeddings = self._interaction(self.embeddings, inputs, self.output_kind, self.return_embeddings)
-        if self.first_order is not None:
-            result = result + self.first_order(inputs)
-        return (embeddings, result) if self.return_embeddings else result
+        result, embeddings, linear = self._interaction(
+            self.embeddings,
+            inputs,
+            self.output_kind,
+            self.return_embeddings,
+            weights=None if self.w is None else self.w.value,
+            l2=self.l2,
+            l2_linear=self.l2_linear,
+        )
+        if self.use_linear and not self.linear_apart:
+            result = result + linear
+        return self._outputs(embeddings, result, linear)
+
+    def _outputs(self, embeddings, result, linear):
+        found = [*([embeddings] if self.return_embeddings else []), result, *([linear] if self.linear_apart else [])]
+        return tuple(found) if len(found) > 1 else result
 
     def compute_output_shape(self, input_shape):
         batch, fields = self._fields(input_shape)
         result = (batch, 1 if self.output_kind == "scalar" else self.embedding_dim)
-        return ((batch, fields, self.embedding_dim), result) if self.return_embeddings else result
+        return self._outputs((batch, fields, self.embedding_dim), result, (batch, 1))
 
     def get_config(self):
         return {
@@ -257,4 +292,7 @@ class FMInteraction(_SparseLayer):
             "embeddings_regularizer": keras.regularizers.serialize(self.embeddings_regularizer),
             "linear_initializer": keras.initializers.serialize(self.linear_initializer),
             "linear_regularizer": keras.regularizers.serialize(self.linear_regularizer),
+            "linear_apart": self.linear_apart,
+            "l2": self.l2,
+            "l2_linear": self.l2_linear,
         }

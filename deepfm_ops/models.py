@@ -11,6 +11,7 @@ from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, VarLenSparseFeat,
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 
 TASKS = ("binary", "regression")
+SCOPES = ("batch", "table")
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -74,6 +75,21 @@ class BiInteraction(keras.layers.Layer):
 
 def _l2(strength):
     return keras.regularizers.L2(strength) if strength else None
+
+
+def _weights_l2(scope, strength):
+    """The arguments of a `FirstOrder` for an L2 penalty of this scope."""
+    if scope not in SCOPES:
+        raise ValueError(f"l2_scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    return {"l2": strength} if scope == "batch" else {"weights_regularizer": _l2(strength)}
+
+
+def _table_l2(scope, strength, linear_strength=0.0):
+    """The arguments of an `FMInteraction`, likewise."""
+    _weights_l2(scope, strength)
+    if scope == "batch":
+        return {"l2": strength, "l2_linear": linear_strength}
+    return {"embeddings_regularizer": _l2(strength), "linear_regularizer": _l2(linear_strength)}
 
 
 def _seed(seed, offset):
@@ -155,7 +171,10 @@ class DeepFM(_ConfiguredModel):
         seed: int for repeatable initial weights and dropout, or None.
         embeddings_initializer: of the table; None: normal with a deviation of 0.01.
         l2_linear, l2_embedding, l2_deep: strengths of L2 penalties on the first-order weights, the table
-            and the MLP's kernels. The first two act on whole tables: they make the gradient dense.
+            and the MLP's kernels.
+        l2_scope: what the first two act on. "batch": the rows that a batch uses; each gets 2 * l2 * row added
+            to its gradient, which stays sparse, and the reported loss does not hold the penalty. "table": whole
+            tables at every step, as in Keras and DeepCTR; the gradient is then dense.
         field_sizes: columns of the matrices per field, P in all; a field's columns are summed
             (`FeatureDictionary.field_sizes`). None: one each, P = F.
         backend: "auto", "native" or "reference".
@@ -204,6 +223,7 @@ class DeepFM(_ConfiguredModel):
         l2_linear=0.0,
         l2_embedding=0.0,
         l2_deep=0.0,
+        l2_scope="batch",
         field_sizes=None,
         backend="auto",
         name=None,
@@ -235,6 +255,7 @@ class DeepFM(_ConfiguredModel):
             "l2_linear": l2_linear,
             "l2_embedding": l2_embedding,
             "l2_deep": l2_deep,
+            "l2_scope": l2_scope,
             "field_sizes": None if field_sizes is None else list(field_sizes),
             "backend": backend,
         }
@@ -246,20 +267,22 @@ class DeepFM(_ConfiguredModel):
             )
             shared = {"field_sizes": field_sizes or [1] * num_fields, "backend": backend}
             parts = []
-            if use_linear:
-                first_order = FirstOrder(num_features, weights_regularizer=_l2(l2_linear), name="first_order", **shared)
-                parts.append(first_order(inputs))
             if use_fm or use_deep:
-                embeddings, second_order = FMInteraction(
+                embeddings, second_order, *linear = FMInteraction(
                     num_features,
                     embedding_dim,
+                    use_linear=use_linear,
+                    linear_apart=use_linear,
                     return_embeddings=True,
                     embeddings_initializer=embeddings_initializer,
-                    embeddings_regularizer=_l2(l2_embedding),
+                    **_table_l2(l2_scope, l2_embedding, l2_linear),
                     name="fm",
                     **shared,
                 )(inputs)
-                parts += [second_order] if use_fm else []
+                parts += [*linear, second_order] if use_fm else linear
+            else:
+                first_order = FirstOrder(num_features, **_weights_l2(l2_scope, l2_linear), name="first_order", **shared)
+                parts.append(first_order(inputs))
             if use_deep:
                 flat = keras.layers.Flatten(name="flatten")(embeddings)
                 parts.append(_mlp(flat, config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed))
@@ -296,15 +319,16 @@ class DeepFM(_ConfiguredModel):
             dnn_feature_columns: columns of the second order and the deep part.
             fm_group: names of the groups whose columns interact, each group within itself.
             dnn_hidden_units: widths of the MLP's layers.
-            l2_reg_linear: L2 strength on the first order; on whole tables, as in DeepCTR.
-            l2_reg_embedding: L2 strength on the embeddings, likewise.
+            l2_reg_linear: L2 strength on the first order.
+            l2_reg_embedding: L2 strength on the embeddings.
             l2_reg_dnn: L2 strength on the MLP's kernels.
             seed: int for repeatable initial weights and dropout, or None.
             dnn_dropout: rate after each hidden layer.
             dnn_activation: of the hidden layers.
             dnn_use_bn: normalize before each activation.
             task: "binary" or "regression".
-            **flags: use_linear, use_fm, use_deep (all True) and backend ("auto").
+            **flags: use_linear, use_fm, use_deep (all True), backend ("auto"), and l2_scope: "batch", or
+                "table" for penalties on whole tables as in DeepCTR; see `DeepFM`.
 
         Returns:
             A keras.Model over a dict of inputs [B, 1] or [B], [B, maxlen] and [B, dimension]; keys that it
@@ -354,6 +378,7 @@ class ColumnDeepFM(_ConfiguredModel):
         use_linear=True,
         use_fm=True,
         use_deep=True,
+        l2_scope="batch",
         backend="auto",
         name=None,
         trainable=True,
@@ -389,13 +414,17 @@ class ColumnDeepFM(_ConfiguredModel):
             "use_linear": use_linear,
             "use_fm": use_fm,
             "use_deep": use_deep,
+            "l2_scope": l2_scope,
             "backend": backend,
         }
         with _dtype_policy(dtype):
             inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
             encoders = []
-            parts = _linear_parts(inputs, linear, l2_reg_linear, seed, backend, encoders)
-            embeddings, groups = _embeddings(inputs, dnn, l2_reg_embedding, seed, backend, encoders)
+            strengths = (l2_scope, l2_reg_embedding, l2_reg_linear)
+            fused = _fused(linear, dnn)
+            parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encoders)
+            embeddings, groups, first_orders = _embeddings(inputs, dnn, fused, strengths, seed, backend, encoders)
+            parts += first_orders
             if use_fm:
                 parts += _second_order(embeddings, groups, fm_group)
             dense = [column for column in dnn if isinstance(column, DenseFeat)]
@@ -560,11 +589,33 @@ def _pooled(embeddings, mask, columns, plan):
     return _columns.PoolMax(spans)((embeddings, keras.ops.take(mask, first_columns, axis=1)))
 
 
-def _linear_parts(inputs, columns, l2, seed, backend, encoders):
+def _linear_tables(columns):
+    return _tables([column for column in columns if not isinstance(column, DenseFeat)], lambda column: 1)
+
+
+def _fused(linear, dnn):
+    """{number of an embedding table: number of the first-order table that the same op call looks up}.
+
+    Those whose rows are the same columns', in the same order; max pooling needs each weight by itself.
+    """
+    fused = {}
+    for number, ((_, trainable), members) in enumerate(_tables(dnn, lambda column: column.embedding_dim)):
+        wanted = [_columns.encoding(column) for column in members]
+        for candidate, ((_, its_trainable), others) in enumerate(_linear_tables(linear)):
+            same = wanted == [_columns.encoding(column) for column in others] and trainable == its_trainable
+            if same and candidate not in fused.values() and not any(map(_is_max, [*members, *others])):
+                fused[number] = candidate
+                break
+    return fused
+
+
+def _linear_parts(inputs, columns, fused, strengths, seed, backend, encoders):
     """The first order: sparse columns with a weight per row, dense columns with a kernel."""
+    scope, _, l2 = strengths
     parts = []
-    sparse = [column for column in columns if not isinstance(column, DenseFeat)]
-    for number, ((_, trainable), members) in enumerate(_tables(sparse, lambda column: 1)):
+    for number, ((_, trainable), members) in enumerate(_linear_tables(columns)):
+        if number in fused.values():
+            continue
         plan = _columns.TablePlan(members, keras.initializers.Zeros())
         indices, values, mask = _encoded(inputs, members, encoders)
         shared = {"field_sizes": plan.field_sizes, "backend": backend, "trainable": trainable}
@@ -575,12 +626,12 @@ def _linear_parts(inputs, columns, l2, seed, backend, encoders):
                 1,
                 return_embeddings=True,
                 embeddings_initializer="zeros",
-                embeddings_regularizer=_l2(l2),
+                **_table_l2(scope, l2),
                 **shared,
             )((indices, values))
             parts.append(keras.ops.sum(_pooled(weights, mask, members, plan), axis=1))
         else:
-            parts.append(FirstOrder(plan.num_rows, weights_regularizer=_l2(l2), **shared)((indices, values)))
+            parts.append(FirstOrder(plan.num_rows, **_weights_l2(scope, l2), **shared)((indices, values)))
     dense = [column for column in columns if isinstance(column, DenseFeat)]
     if dense:
         numbers = _columns.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
@@ -592,19 +643,29 @@ def _linear_parts(inputs, columns, l2, seed, backend, encoders):
     return parts
 
 
-def _embeddings(inputs, columns, l2, seed, backend, encoders):
-    """[(embeddings [B, F, K], interaction [B, 1] of all of them or None)] and {group: [(table, field)]}."""
-    found, groups = [], {}
+def _embeddings(inputs, columns, fused, strengths, seed, backend, encoders):
+    """The lookups.
+
+    Returns:
+        [(embeddings [B, F, K], interaction [B, 1] of all of them or None)], {group: [(table, field)]} and the
+        first orders [B, 1] of the tables in `fused`.
+
+    """
+    scope, l2, l2_linear = strengths
+    found, groups, first_orders = [], {}, []
     for number, ((dim, trainable), members) in enumerate(_tables(columns, lambda column: column.embedding_dim)):
         initializer = keras.initializers.RandomNormal(stddev=0.0001, seed=_seed(seed, number))
         plan = _columns.TablePlan(members, initializer)
         indices, values, mask = _encoded(inputs, members, encoders)
-        embeddings, interaction = FMInteraction(
+        use_linear = number in fused
+        embeddings, interaction, *linear = FMInteraction(
             plan.num_rows,
             dim,
+            use_linear=use_linear,
+            linear_apart=use_linear,
             return_embeddings=True,
             embeddings_initializer=plan.initializer,
-            embeddings_regularizer=_l2(l2),
+            **_table_l2(scope, l2, l2_linear if use_linear else 0.0),
             field_sizes=plan.field_sizes,
             backend=backend,
             trainable=trainable,
@@ -615,9 +676,10 @@ def _embeddings(inputs, columns, l2, seed, backend, encoders):
             for _ in range(getattr(column, "dimension", 1)):
                 groups.setdefault(column.group_name, []).append((number, field))
                 field += 1
+        first_orders += linear
         has_max = any(map(_is_max, members))
         found.append((_pooled(embeddings, mask, members, plan), None if has_max else interaction))
-    return found, groups
+    return found, groups, first_orders
 
 
 def _second_order(embeddings, groups, fm_group):

@@ -57,7 +57,18 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         return interaction(table, pairs, output)[0]
 
 
-def interaction(table, pairs, output, *, field_splits=(), return_embeddings=False, backend="auto"):
+def interaction(
+    table,
+    pairs,
+    output,
+    *,
+    field_splits=(),
+    return_embeddings=False,
+    weights=None,
+    l2=0.0,
+    l2_linear=0.0,
+    backend="auto",
+):
     """`reference.interaction`, natively where that can be had; embeddings are None unless asked for.
 
     Args:
@@ -66,26 +77,36 @@ def interaction(table, pairs, output, *, field_splits=(), return_embeddings=Fals
         output: "scalar", "vector" or "sum".
         field_splits: see `reference.interaction`.
         return_embeddings: also return them.
+        weights: first-order weights [V, 1], a variable if the table is one; None: no first order.
+        l2: see `reference.interaction`.
+        l2_linear: likewise.
         backend: "auto", "native" or "reference".
 
     """
     native = _library.native_ops(backend)
     is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)
     if native is None or (isinstance(table, tf.Variable) and (not is_variable or _on_gpu(table))):
-        result, embeddings = reference.interaction(table, pairs, output, field_splits)
-        return result, embeddings if return_embeddings else None
+        result, embeddings, linear = reference.interaction(table, pairs, output, field_splits, weights, l2, l2_linear)
+        return result, embeddings if return_embeddings else None, linear
     if is_variable:
         # The handle, never the value: reading the value of a sparsely updated variable copies the table.
         # A tape watches variables that report an access.
-        resource_variable_ops.variable_accessed(table)
-        op, table_input, table_dtype = native.deepfm_ops_resource_fm_interaction, table.handle, {"T": table.dtype}
+        tables = [table] if weights is None else [table, weights]
+        for variable in tables:
+            resource_variable_ops.variable_accessed(variable)
+        op, table_dtype = native.deepfm_ops_resource_fm_interaction, {"T": table.dtype}
+        table_input, *weights_input = [variable.handle for variable in tables]
     else:
         op, table_input, table_dtype = native.deepfm_ops_fm_interaction, table, {}
-    result, _, embeddings = op(
+        weights_input = [] if weights is None else [weights]
+    result, _, embeddings, linear = op(
         table=table_input,
         indices=pairs.indices,
         values=[] if pairs.values is None else [pairs.values],
         row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
+        weights=weights_input,
+        l2=l2,
+        l2_linear=l2_linear,
         Tacc=_inputs.accumulation_dtype(table.dtype),
         output=output,
         field_splits=list(field_splits),
@@ -93,7 +114,7 @@ def interaction(table, pairs, output, *, field_splits=(), return_embeddings=Fals
         return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
         **table_dtype,
     )
-    return result, embeddings if return_embeddings else None
+    return result, embeddings if return_embeddings else None, None if weights is None else linear
 
 
 def _on_gpu(variable):
@@ -102,11 +123,13 @@ def _on_gpu(variable):
 
 
 def _split(op, inputs):
-    """The values and row_splits of an op's inputs, each a list of none or one, and what follows them."""
-    values = inputs[2 : 2 + op.get_attr("num_values")]
-    rest = inputs[2 + len(values) :]
-    row_splits = rest[: op.get_attr("num_row_splits")]
-    return list(values), list(row_splits), list(rest[len(row_splits) :])
+    """The values, row_splits and weights of an op's inputs, each a list of none or one, and what follows them."""
+    rest, parts = list(inputs[2:]), []
+    for name in ("num_values", "num_row_splits", "num_weights"):
+        count = op.get_attr(name)
+        parts.append(rest[:count])
+        rest = rest[count:]
+    return *parts, rest
 
 
 def _table_shape(table):
@@ -122,72 +145,87 @@ def _values_needed(op, num_values):
 
 @tf.RegisterGradient("DeepfmOpsFmInteraction")
 @tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
-def _fm_interaction_grad(op, d_interaction, _, d_embeddings):
+def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear):
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, _ = _split(op, op.inputs)
+    values, row_splits, weights, _ = _split(op, op.inputs)
     pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
-    unique, rows, d_values = gradient(
+    unique, rows, d_values, weight_rows = gradient(
         table=table,
         indices=indices,
         values=values,
         row_splits=row_splits,
+        weights=weights,
         sums=op.outputs[1],
         embeddings=[op.outputs[2]] if pooled else [],
         d_interaction=d_interaction,
         d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
-        output=op.get_attr("output"),
-        field_splits=op.get_attr("field_splits"),
+        d_linear=[d_linear] if weights else [],
+        **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
         need_values=_values_needed(op, len(values)),
         **({"T": op.get_attr("T")} if is_resource else {}),
     )
     d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
-    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits))]
+    d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
+    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits)), *d_weights]
 
 
 @tf.RegisterGradient("DeepfmOpsFmInteractionGrad")
 @tf.RegisterGradient("DeepfmOpsResourceFmInteractionGrad")
-def _fm_interaction_grad_grad(op, _, dd_rows, dd_values):
+def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     """The gradient of the gradient, by differentiating the reference formula twice.
 
     `sums` and `embeddings` are functions of the table and the values, so what flows through them is
     accounted for there.
     """
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, rest = _split(op, op.inputs)
+    values, row_splits, weights, rest = _split(op, op.inputs)
     num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
-    d_interaction = rest[1 + num_embeddings]
-    d_embeddings = rest[2 + num_embeddings :]
+    d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings and the first order
     dtype = op.get_attr("T")
     unique = op.outputs[0]
     position = tf.reshape(tf.searchsorted(unique, tf.cast(tf.reshape(indices, [-1]), tf.int64)), tf.shape(indices))
+    tables = [table, *weights]
     if table.dtype == tf.resource:
-        rows = tf.raw_ops.ResourceGather(resource=table, indices=unique, dtype=dtype)
+        rows = [tf.raw_ops.ResourceGather(resource=t, indices=unique, dtype=dtype) for t in tables]
     else:
-        rows = tf.gather(table, unique)
-    sources = [rows, *values, d_interaction, *d_embeddings]
+        rows = [tf.gather(t, unique) for t in tables]
+    strengths = [op.get_attr("l2"), op.get_attr("l2_linear")]
     with tf.GradientTape() as outer:
-        outer.watch(sources)
+        outer.watch([*rows, *values, *d_outputs])
         with tf.GradientTape() as inner:
-            inner.watch([rows, *values])
-            wide = tf.cast(rows, _inputs.accumulation_dtype(dtype))
+            inner.watch([*rows, *values])
+            wide = [tf.gather(tf.cast(r, _inputs.accumulation_dtype(dtype)), position) for r in rows]
             pairs = _inputs.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
-            outputs = reference.formula(
-                tf.gather(wide, position), pairs, op.get_attr("output").decode(), op.get_attr("field_splits")
+            result, embeddings, linear = reference.formula(
+                wide[0],
+                pairs,
+                op.get_attr("output").decode(),
+                op.get_attr("field_splits"),
+                wide[1] if weights else None,
             )
-        first = inner.gradient(
-            outputs[: 1 + num_d_embeddings],
-            [rows, *values],
-            output_gradients=[d_interaction, *d_embeddings],
-            unconnected_gradients="zero",
-        )
+        outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
+        first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
         first = [tf.convert_to_tensor(g) for g in first]
-    seeds = [dd_rows] + ([dd_values] if op.get_attr("need_values") else [])
-    second = outer.gradient(first[: len(seeds)], sources, output_gradients=seeds, unconnected_gradients="zero")
+        first[: len(rows)] = [
+            g + tf.cast(2 * l2, r.dtype) * r for g, r, l2 in zip(first, rows, strengths, strict=False)
+        ]
+    seeds = [dd_rows, *([dd_weight_rows] if weights else []), *([dd_values] if op.get_attr("need_values") else [])]
+    second = outer.gradient(
+        first[: len(seeds)], [*rows, *values, *d_outputs], output_gradients=seeds, unconnected_gradients="zero"
+    )
     second = [tf.convert_to_tensor(g) for g in second]
-    d_table = tf.IndexedSlices(second[0], unique, _table_shape(table))
-    d_values, (d_d_interaction, *d_d_embeddings) = second[1 : 1 + len(values)], second[1 + len(values) :]
-    nones = [None] * (len(row_splits) + 1 + num_embeddings)
-    return [d_table, None, *d_values, *nones, d_d_interaction, *d_d_embeddings]
+    d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
+    d_values = second[len(rows) : len(rows) + len(values)]
+    nones = [None] * (1 + num_embeddings)
+    return [
+        d_table,
+        None,
+        *d_values,
+        *([None] * len(row_splits)),
+        *d_weights,
+        *nones,
+        *second[len(rows) + len(values) :],
+    ]

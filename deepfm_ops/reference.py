@@ -16,8 +16,8 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         return interaction(table, pairs, output)[0]
 
 
-def interaction(table, pairs, output, field_splits=()):
-    """What the native op computes: (interaction, embeddings).
+def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_linear=0.0):
+    """What the native op computes: (interaction, embeddings, linear).
 
     Args:
         table: tf.Variable or Tensor [V, K].
@@ -25,18 +25,28 @@ def interaction(table, pairs, output, field_splits=()):
         output: "scalar", "vector", or "sum": the sums of the embeddings, [B, K].
         field_splits: ints [F + 1] over the columns of dense indices: the columns of a field are summed.
             Empty: every pair is a field.
+        weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
+        l2: strength of a penalty on the table's rows of the batch: each unique row's gradient gets 2 * l2 * row.
+        l2_linear: likewise of the weights.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
         embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
+        linear: the first order, [B, 1], same dtype; None without weights.
 
     """
     pairs = _checked(pairs, _num_rows(table))
-    return formula(_gather_unique(table, pairs.indices), pairs, output, field_splits)
+    # Gathering each row once makes the gradients of the tables unique and ascending.
+    flat = tf.reshape(pairs.indices, [-1])
+    unique = tf.sort(tf.unique(flat).y)
+    position = tf.reshape(tf.searchsorted(unique, flat), tf.shape(pairs.indices))
+    rows = tf.gather(_rows(table, unique, l2), position)
+    weight_rows = None if weights is None else tf.gather(_rows(weights, unique, l2_linear), position)
+    return formula(rows, pairs, output, field_splits, weight_rows)
 
 
-def formula(rows, pairs, output, field_splits=()):
-    """`interaction`, from the row of each pair, `rows` [B, P, K] or [nnz, K].
+def formula(rows, pairs, output, field_splits=(), weight_rows=None):
+    """`interaction`, from the row of each pair, `rows` [B, P, K] or [nnz, K], and its weight, [.., 1].
 
     Rendle, "Factorization Machines", 2010: the sum over pairs of fields of their products is half of
     (square of the sum - sum of the squares).
@@ -51,11 +61,14 @@ def formula(rows, pairs, output, field_splits=()):
         samples = tf.size(pairs.row_splits) - 1
         sample_of_pair = tf.repeat(tf.range(samples), pairs.row_splits[1:] - pairs.row_splits[:-1])
         add = lambda x: tf.math.unsorted_segment_sum(x, sample_of_pair, samples)  # noqa: E731
+    linear = None
+    if weight_rows is not None:
+        linear = add(weight_rows if pairs.values is None else weight_rows * pairs.values[..., tf.newaxis])
     sums = add(embeddings)
     if output == "sum":
-        return sums, embeddings
+        return sums, embeddings, linear
     vector = 0.5 * (tf.square(sums) - add(tf.square(embeddings)))
-    return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings
+    return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings, linear
 
 
 def _num_rows(table):
@@ -67,13 +80,14 @@ def _num_rows(table):
     return tf.shape(table, tf.int64)[0]
 
 
-def _gather_unique(table, indices):
-    """The row of each index. Gathering each row once makes the table's gradient unique and ascending."""
-    flat = tf.reshape(indices, [-1])
-    unique = tf.sort(tf.unique(flat).y)
+def _rows(table, unique, l2):
+    """The rows in the accumulation dtype, with the penalty's gradient."""
     rows = tf.gather(table, unique)
     rows = tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
-    return tf.gather(rows, tf.reshape(tf.searchsorted(unique, flat), tf.shape(indices)))
+    if not l2:
+        return rows
+    pulled = tf.custom_gradient(lambda x: (tf.identity(x), lambda g: g + tf.cast(2 * l2, x.dtype) * x))
+    return pulled(rows)
 
 
 def _checked(pairs, num_rows):

@@ -115,8 +115,7 @@ def test_one_table_and_the_formula(inputs, rng):
         known = tags[tags != 0]
         samples.append([[(user, 1)], [(10 + length, 1)], [(15 + t, 1 / len(known)) for t in known]])
     first = [
-        w["first_order_0/w"][:, 0] @ np.bincount([i for f in s for i, _ in f], [x for f in s for _, x in f], 21)
-        for s in samples
+        w["fm_0/w"][:, 0] @ np.bincount([i for f in s for i, _ in f], [x for f in s for _, x in f], 21) for s in samples
     ]
     logits = w["head/bias"] + np.array(first)[:, None] + oracle(tables[0], samples)
     np.testing.assert_allclose(model.predict(inputs, verbose=0), 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-6)
@@ -202,7 +201,7 @@ def test_vocabulary_travels_with_the_model(tmp_path, rng):
     path.write_text("1,Rome\n2,Oslo\n2,Christiania\n")
     columns = [SparseFeat("city", 3, use_hash=True, vocabulary_path=str(path), dtype="string")]
     model = build(columns)
-    model.get_layer("first_order_0").w.assign([[0.0], [1.0], [2.0]])
+    model.get_layer("fm_0").w.assign([[0.0], [1.0], [2.0]])
     inputs = {"city": ["Rome", "Oslo", "Christiania", "Paris"]}
     scores = model.predict(inputs, verbose=0)
     assert scores[0] < scores[1] == scores[2] and scores[3] < scores[0]

@@ -27,7 +27,7 @@ def test_outputs(backend, pairs, rng):
     indices, values = pairs
     layer = weighted(FMInteraction(50, 3, use_linear=True, return_embeddings=True, backend=backend), rng)
     embeddings, y = layer((indices, values))
-    table, w = layer.embeddings.numpy(), layer.first_order.w.numpy()
+    table, w = layer.embeddings.numpy(), layer.w.numpy()
     np.testing.assert_allclose(embeddings, table[indices] * values[..., None], rtol=1e-6)
     first = (w[indices, 0] * values).sum(1, keepdims=True)
     np.testing.assert_allclose(y, oracle(table, dense_samples(indices, values)) + first, rtol=1e-4, atol=1e-5)
@@ -83,7 +83,7 @@ def test_dtype_policies(policy, pairs, rng):
     assert embeddings.dtype == y.dtype == layer.compute_dtype
     gradient = tape.gradient(loss, layer.embeddings.value)
     assert isinstance(gradient, tf.IndexedSlices) and gradient.dtype == layer.variable_dtype
-    table, w = (tf.cast(v, tf.float64).numpy() for v in (layer.embeddings, layer.first_order.w))
+    table, w = (tf.cast(v, tf.float64).numpy() for v in (layer.embeddings, layer.w))
     indices, values = pairs
     expected = oracle(table, dense_samples(indices, values)) + (w[indices, 0] * values).sum(1, keepdims=True)
     rtol = {"float64": 1e-6, "float32": 1e-4}.get(policy, 2e-2)
@@ -107,7 +107,7 @@ def test_config_round_trip():
     again = FMInteraction.from_config(config)
     assert again.get_config() == config
     again.build()
-    assert [w.path for w in again.weights] == ["fm/embeddings", "fm/first_order/w"]
+    assert [w.path for w in again.weights] == ["fm/embeddings", "fm/w"]
     assert not again.embeddings.numpy().any()
     assert len(again.losses) == 2
 

@@ -51,7 +51,7 @@ def test_the_formula(data, rng):
     x = e.reshape(64, -1)
     for i in range(2):
         x = np.maximum(0, x @ w[f"hidden_{i}/kernel"] + w[f"hidden_{i}/bias"])
-    first = (w["first_order/w"][indices, 0] * values).sum(1, keepdims=True)
+    first = (w["fm/w"][indices, 0] * values).sum(1, keepdims=True)
     second = oracle(w["fm/embeddings"], dense_samples(indices, values))
     logits = w["head/bias"] + first + second + x @ w["deep/kernel"]
     np.testing.assert_allclose(model.predict(data[0], verbose=0), 1 / (1 + np.exp(-logits)), rtol=1e-3, atol=1e-5)
@@ -159,7 +159,7 @@ def test_the_gradient_of_the_model_is_sparse(data):
         loss = tf.reduce_sum(model([tf.constant(x) for x in inputs]))
     gradients = tape.gradient(loss, [w.value for w in model.trainable_weights])
     kinds = {w.path: type(g).__name__ for w, g in zip(model.trainable_weights, gradients, strict=True)}
-    assert kinds.pop("fm/embeddings") == kinds.pop("first_order/w") == "IndexedSlices"
+    assert kinds.pop("fm/embeddings") == kinds.pop("fm/w") == "IndexedSlices"
     assert "IndexedSlices" not in kinds.values()
 
 
@@ -188,7 +188,7 @@ def test_frozen_layers_stay_frozen(data, tmp_path):
     model.fit(inputs, labels, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert not again.get_layer("fm").trainable and again.get_layer("first_order").trainable
+    assert not again.get_layer("fm").trainable and again.get_layer("head").trainable
     assert len(again.optimizer.variables) == len(model.optimizer.variables)
     table = again.get_layer("fm").embeddings.numpy()
     again.fit(inputs, labels, verbose=0)

@@ -135,11 +135,11 @@ def test_narrow_tables_convert_like_tensorflow(rng):
                 table = tf.Variable(tf.zeros((1, wide.shape[1]), dtype))
                 pairs = _inputs.parse(table, np.array([[0]]), None, None, "vector")[1]
                 with tf.GradientTape() as tape:
-                    y, _ = ops.interaction(table, pairs, "sum")
+                    y, *_ = ops.interaction(table, pairs, "sum")
                 d_table = tape.gradient(y, table, output_gradients=tf.constant(wide)).values
                 np.testing.assert_array_equal(tf.cast(d_table, tf.float32), tf.cast(tf.cast(wide, dtype), tf.float32))
                 table.assign(tf.cast(wide, dtype))
-                y, _ = ops.interaction(table, pairs, "sum")
+                y, *_ = ops.interaction(table, pairs, "sum")
                 np.testing.assert_array_equal(y, tf.cast(table, tf.float32))
         finally:
             _library.instruction_set(before)
@@ -160,7 +160,8 @@ def test_fields_of_several_columns(splits, output, rng):
         with tf.GradientTape() as tape:
             tape.watch(values)
             pairs = pairs._replace(values=values)
-            y, e = ops.interaction(table, pairs, output, field_splits=splits, return_embeddings=True, backend=backend)
+            options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
+            y, e, _ = ops.interaction(table, pairs, output, **options)
             loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(tf.cos(e))
         d_table, d_values = tape.gradient(loss, [table, values])
         results.append((y, e, d_table.values, d_values))
@@ -168,6 +169,63 @@ def test_fields_of_several_columns(splits, output, rng):
             np.testing.assert_allclose(y, oracle(table, samples, output), rtol=1e-12, atol=1e-12)
     for native, plain in zip(*results, strict=True):
         np.testing.assert_allclose(native, plain, rtol=1e-11, atol=1e-12)
+
+
+PAIRS = {
+    "dense": lambda i, x: (_inputs.Pairs(i, x, None), ()),
+    "ones": lambda i, x: (_inputs.Pairs(i, None, None), ()),
+    "fields": lambda i, x: (_inputs.Pairs(i, x, None), (0, 1, 4, 4, 6)),
+    "ragged": lambda i, x: (
+        _inputs.Pairs(tf.reshape(i, [-1]), tf.reshape(x, [-1]), tf.constant([0, 3, 3, 24], tf.int64)),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PAIRS)
+@pytest.mark.parametrize("kind", ["tensor", "variable"])
+@pytest.mark.parametrize("output", ["scalar", "vector"])
+def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
+    """Against the definition, by autodiff of a dense lookup; the gradient of the gradient too."""
+    start, start_w = rng.normal(size=(8, 5)), rng.normal(size=(8, 1))
+    indices, x = tf.constant(rng.integers(0, 8, (4, 6))), tf.constant(rng.normal(size=(4, 6)))
+    used = tf.constant(np.isin(np.arange(8), indices)[:, None].astype(float))
+
+    def losses(backend):
+        make = tf.Variable if kind == "variable" else tf.constant
+        table, w = make(start), make(start_w)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch([x] if kind == "variable" else [x, table, w])
+            with tf.GradientTape() as inner:
+                inner.watch([x] if kind == "variable" else [x, table, w])
+                pairs, splits = PAIRS[form](indices, x)
+                options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
+                options |= {"weights": w, "l2": 0.25, "l2_linear": 0.125}
+                if backend == "definition":
+                    rows = tf.gather(tf.convert_to_tensor(table), pairs.indices)
+                    weight_rows = tf.gather(tf.convert_to_tensor(w), pairs.indices)
+                    y, e, linear = reference.formula(rows, pairs, output, splits, weight_rows)
+                else:
+                    y, e, linear = ops.interaction(table, pairs, output, **options)
+                loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(tf.cos(e)) + tf.reduce_sum(tf.sin(2 * linear))
+                if backend == "definition":
+                    for t, l2 in ((table, 0.25), (w, 0.125)):
+                        loss += l2 * tf.reduce_sum(used * tf.convert_to_tensor(t) ** 2)
+            first = inner.gradient(loss, [table, w, x], unconnected_gradients="zero")
+            first = [tf.convert_to_tensor(g) for g in first]
+            second = sum(tf.reduce_sum(tf.sin(g)) for g in first)
+        return [
+            y,
+            e,
+            linear,
+            *first,
+            *map(tf.convert_to_tensor, outer.gradient(second, [table, w, x], unconnected_gradients="zero")),
+        ]
+
+    expected = losses("definition")
+    for backend in ("auto", "reference"):
+        for got, want in zip(losses(backend), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -243,7 +301,7 @@ def test_grouping_at_every_number_of_bits(num_rows, rng):
     indices = np.concatenate([rng.integers(0, num_rows, 40000), [0, num_rows - 1]]).astype(np.int32)
     pairs = _inputs.Pairs(tf.constant(indices), None, tf.constant([0, len(indices)], tf.int64))
     with tf.GradientTape() as tape:
-        y, _ = ops.interaction(table, pairs, "sum")
+        y, *_ = ops.interaction(table, pairs, "sum")
     gradient = tape.gradient(y, table)
     rows, counts = np.unique(indices, return_counts=True)
     np.testing.assert_array_equal(gradient.indices, rows)
@@ -419,7 +477,13 @@ def test_raw_op_rejects_what_python_would_have_caught():
     if REFERENCE_MODE:
         return
     native = _library.native_ops("native")
-    good = {"table": tf.constant(TABLE), "indices": tf.constant([[0, 1]]), "values": [], "row_splits": []}
+    good = {
+        "table": tf.constant(TABLE),
+        "indices": tf.constant([[0, 1]]),
+        "values": [],
+        "row_splits": [],
+        "weights": [],
+    }
     good |= {"Tacc": tf.float32, "output": "scalar", "field_splits": [], "return_embeddings": False}
     assert native.deepfm_ops_fm_interaction(**good).interaction.shape == (1, 1)
     one = tf.ones((1, 2))
@@ -427,6 +491,9 @@ def test_raw_op_rejects_what_python_would_have_caught():
         ({"field_splits": [0, 3]}, "field_splits must end at the 2 columns"),
         ({"field_splits": [1, 2]}, "field_splits must start at 0"),
         ({"values": [one, one]}, "one tensor each"),
+        ({"weights": [one, one]}, "weights must be one tensor"),
+        ({"weights": [one]}, "weights must have shape"),
+        ({"weights": [tf.ones((4, 1))], "table": tf.ones((4, 0))}, "at least one column"),
         ({"values": [tf.ones((1, 2), tf.float64)]}, "values must be float"),
         ({"Tacc": tf.float64}, "Tacc must be float"),
         ({"table": tf.constant(TABLE[0])}, "table must be rank 2"),

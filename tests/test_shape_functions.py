@@ -46,6 +46,7 @@ def test_forward(case, resource):
             "indices": indices,
             "values": [] if values is None else [values],
             "row_splits": [] if row_splits is None else [row_splits],
+            "weights": [],
             "Tacc": tf.float32,
             "output": output,
             "field_splits": list(field_splits),
@@ -59,7 +60,7 @@ def test_forward(case, resource):
         arguments.pop("Tacc")
         f = seen["forward"]
         arguments |= {"sums": f.sums, "embeddings": [f.embeddings], "d_interaction": f.interaction}
-        arguments |= {"d_embeddings": [f.embeddings], "need_values": values is not None}
+        arguments |= {"d_embeddings": [f.embeddings], "need_values": values is not None, "d_linear": []}
         if resource:
             seen["gradient"] = native.deepfm_ops_resource_fm_interaction_grad(table=table, T=tf.float32, **arguments)
         else:
@@ -100,6 +101,7 @@ def test_embeddings_are_empty_unless_asked_for():
         indices=pairs.indices,
         values=[],
         row_splits=[],
+        weights=[],
         Tacc=tf.float32,
         output="scalar",
         return_embeddings=False,
@@ -199,6 +201,7 @@ def test_the_table_variable_must_be_what_the_op_was_made_for():
                 indices=tf.constant([[0]]),
                 values=[],
                 row_splits=[],
+                weights=[],
                 T=tf.float32,
                 Tacc=tf.float32,
                 output="scalar",

@@ -8,11 +8,14 @@
 //   s[b,:]   = sum over f of e[b,f,:]
 //   v[b,:]   = 1/2 * (s[b,:]^2 - sum over f of e[b,f,:]^2)
 //   interaction = s (kSum), sum over k of v (kScalar) or v (kVector)
+//   linear[b]   = sum over pairs p of  values[p] * weights[indices[p]]                  (first order)
 //
 // Gradient, for g = d interaction and de = d embeddings:
 //   d[b,f,:] = de[b,f,:] + (g[b,:] for kSum, g[b] * (s[b,:] - e[b,f,:]) otherwise)
-//   rows[u,:] = sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
-//   d_values[p] = < table[indices[p], :], d[field of p, :] >
+//   rows[u,:] = 2 * l2 * table[unique[u], :]
+//               + sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
+//   weight_rows[u] = 2 * l2_linear * weights[unique[u]] + sum over the same p of  values[p] * d_linear[b]
+//   d_values[p] = < table[indices[p], :], d[field of p, :] > + weights[indices[p]] * d_linear[b]
 //
 // Sums are kept in float for float32 and narrower tables, in double for float64. The bits of every
 // result depend on the inputs and the instruction set only, never on the number of threads.
@@ -50,7 +53,9 @@ struct ForwardArgs {
   const void* table = nullptr;    // T   [V,K]
   const void* indices = nullptr;  // I   [n]
   const void* values = nullptr;   // Acc [n], or null: all ones
+  const void* weights = nullptr;  // T   [V], or null: no first order; needs K > 0
   void* interaction = nullptr;    // Acc [B] (kScalar) or [B,K]
+  void* linear = nullptr;         // Acc [B], with weights
   void* sums = nullptr;           // Acc [B,K], or null
   void* embeddings = nullptr;     // Acc [B,F,K] or [n,K], or null
 };
@@ -65,8 +70,12 @@ struct GradientArgs {
   const void* embeddings = nullptr;     // Acc [B,F,K], from the forward; needed with field_splits (unused for kSum)
   const void* d_interaction = nullptr;  // Acc [B] (kScalar) or [B,K]
   const void* d_embeddings = nullptr;   // Acc [B,F,K] or [n,K], or null
+  const void* weights = nullptr;        // T   [V], or null
+  const void* d_linear = nullptr;       // Acc [B], with weights
+  double l2 = 0, l2_linear = 0;         // strengths of a penalty on the rows of the batch
   const RowGroups* groups = nullptr;    // of the pairs' indices
   void* rows = nullptr;                 // T   [U,K], or null
+  void* weight_rows = nullptr;          // T   [U], with weights
   void* d_values = nullptr;             // Acc [n], or null
 };
 

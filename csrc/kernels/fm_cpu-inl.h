@@ -51,6 +51,18 @@ static inline int64_t FieldOf(const PairMap& map, int64_t p) {
   return b * map.num_fields + map.field_of_pair[p - b * map.pairs_per_sample];
 }
 
+// One element, by way of a register's first lane.
+template <typename T>
+static inline AccOf<T> LoadOne(const T* p) {
+  return Load<true>(p, 1)[0];
+}
+template <typename T>
+static inline void StoreOne(T* p, AccOf<T> x) {
+  VecOf<T> v = {};
+  v[0] = x;
+  Store<true>(p, v, 1);
+}
+
 template <int n>
 struct Int {
   static constexpr int value = n;
@@ -133,6 +145,7 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
   A* interaction = static_cast<A*>(a.interaction);
   A* sums = static_cast<A*>(a.sums);
   A* embeddings = static_cast<A*>(a.embeddings);
+  const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
   const int64_t distance = PrefetchDistance(row_bytes);
   const int64_t* fields = shape.field_splits;
@@ -141,15 +154,18 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
     const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
     const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
     V s[kVecs] = {}, q[kVecs] = {};
+    A linear = 0;
     auto prefetch = [&](int64_t p) __attribute__((always_inline)) {
       if (first != 0 || p + distance >= last_pair) return true;
       const I index = indices[p + distance];
       if (__builtin_expect(!InRange(index, shape.num_rows), 0)) return false;
       PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
+      if (weights) __builtin_prefetch(weights + index);
       return true;
     };
     auto load = [&](int64_t p, V(&e)[kVecs]) {
       LoadBlock<kVecs, kPartial>(table + static_cast<int64_t>(indices[p]) * dim, tail, e);
+      if (weights) linear += LoadOne(weights + indices[p]) * (values ? values[p] : A(1));
       if (!values) return;
       const A x = values[p];
 #pragma GCC unroll 8
@@ -184,6 +200,7 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
       }
     }
 
+    if (weights) static_cast<A*>(a.linear)[b] = linear;
     if (sums) StoreBlock<kVecs, kPartial>(sums + b * dim + first, tail, s);
     if (a.output == Output::kSum) {
       StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, s);
@@ -213,6 +230,7 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
     const I index = static_cast<const I*>(a.indices)[p];
     if (!InRange(index, shape.num_rows)) return p;
     PrefetchRow(static_cast<const char*>(a.table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
+    if (a.weights) __builtin_prefetch(static_cast<const T*>(a.weights) + index);
   }
   // With several blocks of columns a sample's rows are read once per block, while still in cache.
   const int64_t step = shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 1;
@@ -243,6 +261,9 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
   const A* de = a.d_embeddings ? static_cast<const A*>(a.d_embeddings) + first : nullptr;
   T* rows = a.rows ? static_cast<T*>(a.rows) + first : nullptr;
   A* d_values = static_cast<A*>(a.d_values);
+  const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
+  const A* d_linear = static_cast<const A*>(a.d_linear);
+  const A pull = static_cast<A>(2 * a.l2), pull_linear = static_cast<A>(2 * a.l2_linear);
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
@@ -254,14 +275,18 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
     if (first == 0) {
       if (u + distance < end)
         PrefetchRow(reinterpret_cast<const char*>(table) + row_of[u + distance] * row_bytes, row_bytes);
+      if (weights && u + distance < end) __builtin_prefetch(weights + row_of[u + distance]);
     }
     V row[kVecs], total[kVecs] = {};
     LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
+    const A weight = weights ? LoadOne(weights + row_of[u]) : A(0);
+    A weight_total = 0;
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
       if (first == 0 && j + distance < stop) {
         const int64_t ahead = PositionOf(positions, j + distance);
         const int64_t sample = SampleOf(map, ahead);
         if (values) __builtin_prefetch(values + ahead);
+        if (weights) __builtin_prefetch(d_linear + sample);
         if (a.output == Output::kScalar) {
           __builtin_prefetch(g + sample);
         } else {
@@ -306,11 +331,18 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
 #pragma GCC unroll 8
         for (int n = 0; n < kVecs; ++n) dot += d[n] * row[n];
         d_values[p] = (first == 0 ? A(0) : d_values[p]) + HorizontalSum(dot);
+        if (weights) d_values[p] += weight * d_linear[b];
       }
+      if (weights) weight_total += d_linear[b] * x;
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) total[n] += d[n] * x;
     }
+    if (pull != 0) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) total[n] += row[n] * pull;
+    }
     if (rows) StoreBlock<kVecs, kPartial>(rows + u * dim, tail, total);
+    if (weights) StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * pull_linear);
   }
 }
 
@@ -341,6 +373,8 @@ static uint64_t Touch(const char* table, int64_t row_bytes, const int64_t* indic
   return tail;
 }
 
+#include "sparse_update-inl.h"
+
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
     {{Forward<float, int32_t>, Forward<float, int64_t>},
@@ -348,6 +382,7 @@ const CpuKernels kKernels = {
      {Forward<BFloat16, int32_t>, Forward<BFloat16, int64_t>},
      {Forward<Float16, int32_t>, Forward<Float16, int64_t>}},
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
+    {Update<float>, Update<double>, Update<BFloat16>, Update<Float16>},
     Touch,
 };
 

@@ -1,4 +1,4 @@
-// Shares the CPU kernels' work out to threads: forward by samples, gradient by groups.
+// Shares the CPU kernels' work out to threads: forward by samples, gradient and update by groups.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -35,6 +35,17 @@ PairMap MakePairMap(const FmShape& shape, Scratch<int64_t>* samples, Scratch<int
   return map;
 }
 
+// Pieces of equal numbers of pairs, moved to the next group's start: groups differ in size.
+template <typename Fn>
+void ForGroups(const RowGroups& groups, int64_t dim, const Parallel& parallel, const Fn& fn) {
+  const int64_t* starts = groups.starts();
+  auto group_at = [&](int64_t pair) { return std::lower_bound(starts, starts + groups.size(), pair) - starts; };
+  parallel.For(groups.num_pairs(), kGrainElements / std::max<int64_t>(1, dim), [&](int64_t begin, int64_t end) {
+    const int64_t first = group_at(begin), last = group_at(end);
+    if (first < last) fn(first, last);
+  });
+}
+
 }  // namespace
 
 int64_t FmForward(const ForwardArgs& args, const Parallel& parallel) {
@@ -67,14 +78,14 @@ void FmGradient(const GradientArgs& args, const Parallel& parallel) {
   Scratch<int64_t> samples;
   Scratch<int32_t> fields;
   const PairMap map = MakePairMap(args.shape, &samples, &fields, parallel);
-  // Pieces of equal numbers of pairs, moved to the next group's start: groups differ in size.
-  const int64_t* starts = groups.starts();
-  auto group_at = [&](int64_t pair) { return std::lower_bound(starts, starts + groups.size(), pair) - starts; };
-  parallel.For(groups.num_pairs(), kGrainElements / std::max<int64_t>(1, args.shape.dim),
-               [&](int64_t begin, int64_t end) {
-                 const int64_t first = group_at(begin), last = group_at(end);
-                 if (first < last) gradient(args, map, first, last);
-               });
+  ForGroups(groups, args.shape.dim, parallel,
+            [&](int64_t begin, int64_t end) { gradient(args, map, begin, end); });
+}
+
+void SparseUpdate(const UpdateArgs& args, const Parallel& parallel) {
+  if (args.dim == 0) return;
+  auto* update = Kernels().update[static_cast<int>(args.table_type)];
+  ForGroups(*args.groups, args.dim, parallel, [&](int64_t begin, int64_t end) { update(args, begin, end); });
 }
 
 }  // namespace deepfm

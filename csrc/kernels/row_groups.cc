@@ -79,12 +79,31 @@ int64_t RowGroups::Build(const void* indices, IndexType type, int64_t n, int64_t
 template <typename I>
 int64_t RowGroups::BuildTyped(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel) {
   num_pairs_ = n;
+  int64_t ascending = 1;  // how far the indices are as the groups will be
+  while (ascending < n && indices[ascending - 1] < indices[ascending]) ++ascending;
+  if (ascending >= n) return Adopt(indices, n, parallel);
   constexpr int64_t kWord = int64_t{1} << 32;
   if (n <= kWord && num_rows <= kWord) {
     Sort<Packed>(indices, n, num_rows, parallel);
   } else {
     Sort<Wide>(indices, n, num_rows, parallel);
   }
+  return -1;
+}
+
+template <typename I>
+int64_t RowGroups::Adopt(const I* indices, int64_t n, const Parallel& parallel) {
+  size_ = n;
+  rows_ = Scratch<int64_t>(n);
+  starts_ = Scratch<int64_t>(n + 1);
+  starts_[n] = n;
+  parallel.For(n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      rows_[p] = indices[p];
+      starts_[p] = p;
+    }
+  });
+  positions_ = {reinterpret_cast<const char*>(starts_.get()), sizeof(int64_t), ~uint64_t{0}};
   return -1;
 }
 

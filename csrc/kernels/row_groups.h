@@ -19,7 +19,8 @@ struct PairPositions {
 };
 
 // After Build: group u is row rows()[u] and the pairs positions()[starts()[u] .. starts()[u+1]),
-// ascending. rows() is strictly ascending. A stable radix sort on log2(V) bits finds them.
+// ascending. rows() is strictly ascending. A stable radix sort on log2(V) bits finds them; indices that
+// ascend strictly, as those of a unique gradient do, are not sorted again.
 class RowGroups {
  public:
   // indices: int32 or int64 [n]. Returns -1, or the smallest p with indices[p] outside [0, num_rows);
@@ -35,6 +36,9 @@ class RowGroups {
  private:
   template <typename I>
   int64_t BuildTyped(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
+  // For indices that ascend strictly: every pair is a group.
+  template <typename I>
+  int64_t Adopt(const I* indices, int64_t n, const Parallel& parallel);
   template <typename Item, typename I>
   void Sort(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
   template <typename Item>

@@ -187,6 +187,17 @@ static inline void Store(double* p, VecOf<double> v, int lanes) {
   }
 }
 
+#if defined(__AVX512F__)
+static inline VecOf<float> Sqrt(VecOf<float> v) { return (VecOf<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
+static inline VecOf<double> Sqrt(VecOf<double> v) { return (VecOf<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
+#elif defined(__AVX2__)
+static inline VecOf<float> Sqrt(VecOf<float> v) { return (VecOf<float>)_mm256_sqrt_ps((__m256)v); }
+static inline VecOf<double> Sqrt(VecOf<double> v) { return (VecOf<double>)_mm256_sqrt_pd((__m256d)v); }
+#else
+static inline VecOf<float> Sqrt(VecOf<float> v) { return (VecOf<float>)_mm_sqrt_ps((__m128)v); }
+static inline VecOf<double> Sqrt(VecOf<double> v) { return (VecOf<double>)_mm_sqrt_pd((__m128d)v); }
+#endif
+
 // Halves are added to each other until one lane is left.
 template <typename A, int kBytes>
 static inline A HorizontalSumOf(const void* lanes) {

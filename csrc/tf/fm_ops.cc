@@ -1,40 +1,16 @@
 // The TensorFlow side: registration, shape functions, validation, allocation. No arithmetic.
-#include <algorithm>
-#include <atomic>
-#include <functional>
-#include <limits>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "../kernels/cpu_kernels.h"
-#include "../kernels/fm.h"
-#include "../kernels/scratch.h"
-#include "absl/synchronization/notification.h"
-#include "tensorflow/core/framework/allocation_description.pb.h"
+#include "op_common.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
-#include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "tensorflow/core/platform/threadpool.h"
 
 namespace deepfm {
 namespace {
 
-using absl::Status;
-using tensorflow::DataType;
-using tensorflow::OpInputList;
-using tensorflow::OpKernel;
-using tensorflow::OpKernelConstruction;
-using tensorflow::OpKernelContext;
-using tensorflow::Tensor;
-using tensorflow::TensorShape;
-using tensorflow::TensorShapeUtils;
-using tensorflow::errors::FailedPrecondition;
-using tensorflow::errors::InvalidArgument;
 using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
@@ -51,6 +27,7 @@ struct InferredShape {
   DimensionHandle dim, num_samples, fields_or_pairs;
   bool ragged = false;
   bool pooled = false;
+  bool weighted = false;
 };
 
 // A variable's shape and dtype travel with its handle, when they are known at all.
@@ -84,6 +61,9 @@ Status InferCommon(InferenceContext* c, bool resource, InferredShape* s) {
   s->indices = c->input(1);
   s->ragged = !row_splits.empty();
   s->pooled = !field_splits.empty();
+  int num_weights;
+  TF_RETURN_IF_ERROR(c->GetAttr("num_weights", &num_weights));
+  s->weighted = num_weights > 0;
   const int rank = s->ragged ? 1 : 2;
   if (c->RankKnown(s->indices) && c->Rank(s->indices) != rank)
     return RankError("indices", s->ragged ? "rank 1 [nnz] with row_splits" : "rank 2 [B, F], or rank 1 with row_splits",
@@ -128,6 +108,7 @@ Status ForwardShape(InferenceContext* c) {
   } else {
     c->set_output(2, c->MakeShape({s.num_samples, s.fields_or_pairs, s.dim}));
   }
+  c->set_output(3, s.weighted ? c->Matrix(s.num_samples, 1) : c->Vector(int64_t{0}));
   return absl::OkStatus();
 }
 
@@ -141,142 +122,20 @@ Status GradientShape(InferenceContext* c) {
   c->set_output(0, c->Vector(unique));
   c->set_output(1, c->Matrix(unique, s.dim));
   c->set_output(2, need_values ? s.indices : c->Vector(int64_t{0}));
+  c->set_output(3, s.weighted ? c->Matrix(unique, 1) : c->Vector(int64_t{0}));
   return absl::OkStatus();
 }
 
 // ---------------------------------------------------------------------------------------------
-// What the kernels share: the table, the shape, the pool, the messages
-
-// The table for the time of one Compute: a tensor, or a variable's tensor under a shared lock. The
-// variable is never read as a value: in copy-on-read mode that would copy all of it.
-class Table {
- public:
-  Status Open(OpKernelContext* ctx, bool resource, DataType dtype) {
-    if (!resource) {
-      tensor_ = &ctx->input(0);
-    } else {
-      TF_RETURN_IF_ERROR(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, 0), &var_));
-      lock_ = std::make_unique<tensorflow::tf_shared_lock>(*var_->mu());
-      if (!var_->is_initialized) return FailedPrecondition("table is a variable that was not initialized");
-      tensor_ = var_->tensor();
-    }
-    if (tensor_->dtype() != dtype)
-      return InvalidArgument("table holds ", tensorflow::DataTypeString(tensor_->dtype()), ", the op was made for ",
-                             tensorflow::DataTypeString(dtype));
-    if (tensor_->dims() != 2)
-      return InvalidArgument("table must be rank 2 [V, K], got shape ", tensor_->shape().DebugString());
-    return absl::OkStatus();
-  }
-  const Tensor& tensor() const { return *tensor_; }
-
- private:
-  tensorflow::core::RefCountPtr<tensorflow::Var> var_;
-  std::unique_ptr<tensorflow::tf_shared_lock> lock_;  // released before var_
-  const Tensor* tensor_ = nullptr;
-};
-
-TableType TableTypeOf(DataType dtype) {
-  switch (dtype) {
-    case tensorflow::DT_DOUBLE:
-      return TableType::kFloat64;
-    case tensorflow::DT_BFLOAT16:
-      return TableType::kBFloat16;
-    case tensorflow::DT_HALF:
-      return TableType::kFloat16;
-    default:
-      return TableType::kFloat32;
-  }
-}
-
-IndexType IndexTypeOf(const Tensor& indices) {
-  return indices.dtype() == tensorflow::DT_INT32 ? IndexType::kInt32 : IndexType::kInt64;
-}
-
-const void* Data(const Tensor& t) { return t.tensor_data().data(); }
-void* MutableData(Tensor* t) { return const_cast<char*>(t->tensor_data().data()); }
-const void* DataOrNull(const OpInputList& list) { return list.size() ? Data(list[0]) : nullptr; }
-
-// One call's tasks, taken one by one by the caller and by helpers. A helper that comes too late finds
-// none left and touches nothing of the caller's, so the caller never waits for threads to wake up.
-struct Job {
-  explicit Job(int64_t tasks, const std::function<void(int64_t)>* fn) : tasks(tasks), fn(fn) {}
-
-  void Work() {
-    for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
-      (*fn)(i);
-      if (done.fetch_add(1) + 1 == tasks) all_done.Notify();
-    }
-  }
-
-  const int64_t tasks;
-  const std::function<void(int64_t)>* const fn;  // valid while a task is left
-  std::atomic<int64_t> next{0}, done{0};
-  absl::Notification all_done;
-};
-
-Parallel PoolOf(OpKernelContext* ctx) {
-  const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
-  Parallel parallel;
-  parallel.threads = workers->num_threads;
-  parallel.run = [workers](int64_t tasks, const std::function<void(int64_t)>& fn) {
-    if (tasks == 1) return fn(0);
-    auto job = std::make_shared<Job>(tasks, &fn);
-    for (int64_t i = 1; i < std::min<int64_t>(tasks, workers->num_threads); ++i)
-      workers->workers->Schedule([job] { job->Work(); });
-    job->Work();
-    job->all_done.WaitForNotification();
-  };
-  return parallel;
-}
-
-// Sizes of a shape whose product may be more than an int64 holds.
-typedef std::vector<int64_t> Sizes;
-
-Status CheckShape(const char* name, const Tensor& t, const Sizes& sizes) {
-  TensorShape want;
-  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &want));
-  if (t.shape() == want) return absl::OkStatus();
-  return InvalidArgument(name, " must have shape ", want.DebugString(), ", got ", t.shape().DebugString());
-}
-
-// A tensor's memory out of the kernels' scratch.
-class ScratchBuffer : public tensorflow::TensorBuffer {
- public:
-  explicit ScratchBuffer(int64_t bytes) : TensorBuffer(TakeScratch(bytes)), bytes_(bytes) {}
-  ~ScratchBuffer() override { GiveBackScratch(data()); }
-  size_t size() const override { return bytes_; }
-  TensorBuffer* root_buffer() override { return this; }
-  void FillAllocationDescription(tensorflow::AllocationDescription* description) const override {
-    description->set_allocated_bytes(bytes_);
-  }
-
- private:
-  const int64_t bytes_;
-};
-
-// Allocates an output; a large one out of scratch, whose pages are not faulted in afresh each step.
-Status Allocate(OpKernelContext* ctx, int output, const Sizes& sizes, Tensor** tensor) {
-  constexpr int64_t kLarge = 1 << 20;
-  TensorShape shape;
-  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
-  const DataType dtype = ctx->expected_output_dtype(output);
-  const int64_t elements = shape.num_elements(), size = tensorflow::DataTypeSize(dtype);
-  if (elements < kLarge / size || elements > std::numeric_limits<int64_t>::max() / size)
-    return ctx->allocate_output(output, shape, tensor);
-  ctx->set_output(
-      output, Tensor(dtype, shape, tensorflow::core::RefCountPtr<ScratchBuffer>(new ScratchBuffer(elements * size))));
-  *tensor = ctx->mutable_output(output);
-  return absl::OkStatus();
-}
+// What forward and gradient share
 
 // Attributes and validated inputs of the forward and of its gradient.
-class FmKernel : public OpKernel {
+class FmKernel : public Kernel {
  public:
-  explicit FmKernel(OpKernelConstruction* ctx) : OpKernel(ctx) {
+  explicit FmKernel(OpKernelConstruction* ctx) : Kernel(ctx) {
     std::string output;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("Tacc", &acc_dtype_));
-    resource_ = ctx->input_type(0) == tensorflow::DT_RESOURCE;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output", &output));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits_));
     output_ = output == "sum" ? Output::kSum : output == "scalar" ? Output::kScalar : Output::kVector;
@@ -291,17 +150,20 @@ class FmKernel : public OpKernel {
     }
   }
 
-  void Compute(OpKernelContext* ctx) final {
-    try {
-      Run(ctx);
-    } catch (const std::bad_alloc&) {
-      ctx->SetStatus(
-          tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->input(1).NumElements(), " indices"));
-    }
-  }
-
  protected:
-  virtual void Run(OpKernelContext* ctx) = 0;
+  // The first-order weights, if there are any: they follow the values and the row_splits.
+  Status OpenWeights(OpKernelContext* ctx, const FmShape& shape, Table* weights, const void** data) const {
+    OpInputList list;
+    TF_RETURN_IF_ERROR(ctx->input_list("weights", &list));
+    if (list.size() == 0) return absl::OkStatus();
+    if (list.size() > 1) return InvalidArgument("weights must be one tensor, got ", list.size());
+    int first, last;
+    TF_RETURN_IF_ERROR(ctx->op_kernel().InputRange("weights", &first, &last));
+    TF_RETURN_IF_ERROR(weights->Open(ctx, first, "weights", dtype_));
+    if (shape.dim == 0) return InvalidArgument("weights need a table with at least one column");
+    *data = Data(weights->tensor());
+    return CheckShape("weights", weights->tensor(), {shape.num_rows, 1});
+  }
 
   Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
     const Tensor& indices = ctx->input(1);
@@ -344,15 +206,6 @@ class FmKernel : public OpKernel {
     return absl::OkStatus();
   }
 
-  Status IndexError(const Tensor& indices, int64_t p, int64_t num_rows) const {
-    const int64_t index =
-        indices.dtype() == tensorflow::DT_INT32 ? indices.flat<int32_t>()(p) : indices.flat<int64_t>()(p);
-    std::string where = std::to_string(p);
-    if (indices.dims() == 2)
-      where = std::to_string(p / indices.dim_size(1)) + "," + std::to_string(p % indices.dim_size(1));
-    return InvalidArgument("indices[", where, "] = ", index, " is not in [0, ", num_rows, ")");
-  }
-
   Sizes EmbeddingsShape(const FmShape& shape) const {
     if (shape.row_splits) return {shape.num_pairs, shape.dim};
     const int64_t fields = shape.field_splits ? shape.num_fields : shape.pairs_per_sample;
@@ -364,7 +217,6 @@ class FmKernel : public OpKernel {
   }
 
   DataType dtype_, acc_dtype_;
-  bool resource_;
   Output output_;
   std::vector<int64_t> field_splits_;
 
@@ -399,17 +251,19 @@ class FmInteractionOp : public FmKernel {
   }
 
   void Run(OpKernelContext* ctx) override {
-    Table table;
+    Table table, weights;
     ForwardArgs args;
     OpInputList values;
-    OP_REQUIRES_OK(ctx, table.Open(ctx, resource_, dtype_));
+    OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
     OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
     const FmShape& shape = args.shape;
-    Tensor *interaction, *sums, *embeddings;
+    OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
+    Tensor *interaction, *sums, *embeddings, *linear;
     OP_REQUIRES_OK(ctx, Allocate(ctx, 0, InteractionShape(shape), &interaction));
     OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {shape.num_samples, shape.dim}, &sums));
     OP_REQUIRES_OK(ctx, Allocate(ctx, 2, return_embeddings_ ? EmbeddingsShape(shape) : Sizes{0}, &embeddings));
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{shape.num_samples, 1} : Sizes{0}, &linear));
     const Tensor& indices = ctx->input(1);
     args.table_type = TableTypeOf(dtype_);
     args.index_type = IndexTypeOf(indices);
@@ -420,6 +274,7 @@ class FmInteractionOp : public FmKernel {
     args.interaction = MutableData(interaction);
     args.sums = MutableData(sums);
     args.embeddings = return_embeddings_ ? MutableData(embeddings) : nullptr;
+    args.linear = MutableData(linear);
     const int64_t bad = FmForward(args, PoolOf(ctx));
     OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
   }
@@ -432,23 +287,28 @@ class FmInteractionGradOp : public FmKernel {
  public:
   explicit FmInteractionGradOp(OpKernelConstruction* ctx) : FmKernel(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("l2", &l2_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("l2_linear", &l2_linear_));
   }
 
   void Run(OpKernelContext* ctx) override {
-    Table table;
+    Table table, weights;
     GradientArgs args;
-    OpInputList values, embeddings, d_embeddings;
+    OpInputList values, embeddings, d_embeddings, d_linear;
     const Tensor *sums, *d_interaction;
-    OP_REQUIRES_OK(ctx, table.Open(ctx, resource_, dtype_));
+    OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
     OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
     OP_REQUIRES_OK(ctx, ctx->input("sums", &sums));
     OP_REQUIRES_OK(ctx, ctx->input_list("embeddings", &embeddings));
     OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
     OP_REQUIRES_OK(ctx, ctx->input_list("d_embeddings", &d_embeddings));
+    OP_REQUIRES_OK(ctx, ctx->input_list("d_linear", &d_linear));
     const FmShape& shape = args.shape;
+    OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
     OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
                 InvalidArgument("embeddings and d_embeddings must be one tensor each"));
+    if (d_linear.size()) OP_REQUIRES_OK(ctx, CheckShape("d_linear", d_linear[0], {shape.num_samples, 1}));
     OP_REQUIRES_OK(ctx, CheckShape("sums", *sums, {shape.num_samples, shape.dim}));
     OP_REQUIRES_OK(ctx, CheckShape("d_interaction", *d_interaction, InteractionShape(shape)));
     if (embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("embeddings", embeddings[0], EmbeddingsShape(shape)));
@@ -461,7 +321,7 @@ class FmInteractionGradOp : public FmKernel {
     RowGroups groups;
     const int64_t bad = groups.Build(Data(indices), IndexTypeOf(indices), shape.num_pairs, shape.num_rows, pool);
     OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
-    Tensor *unique, *rows, *d_values;
+    Tensor *unique, *rows, *d_values, *weight_rows;
     OP_REQUIRES_OK(ctx, Allocate(ctx, 0, {groups.size()}, &unique));
     OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {groups.size(), shape.dim}, &rows));
     OP_REQUIRES_OK(ctx, ctx->allocate_output(2, need_values_ ? indices.shape() : TensorShape({0}), &d_values));
@@ -476,6 +336,11 @@ class FmInteractionGradOp : public FmKernel {
     args.embeddings = DataOrNull(embeddings);
     args.d_interaction = Data(*d_interaction);
     args.d_embeddings = DataOrNull(d_embeddings);
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{groups.size(), 1} : Sizes{0}, &weight_rows));
+    args.d_linear = DataOrNull(d_linear);
+    args.weight_rows = MutableData(weight_rows);
+    args.l2 = l2_;
+    args.l2_linear = l2_linear_;
     args.groups = &groups;
     args.rows = MutableData(rows);
     args.d_values = need_values_ ? MutableData(d_values) : nullptr;
@@ -484,6 +349,7 @@ class FmInteractionGradOp : public FmKernel {
 
  private:
   bool need_values_;
+  float l2_, l2_linear_;
 };
 
 // Values have a type attribute of their own because there may be none of them to take it from.
@@ -495,6 +361,9 @@ class FmInteractionGradOp : public FmKernel {
       .Attr("Tindices: {int32, int64}")            \
       .Attr("num_values: int >= 0")                \
       .Attr("num_row_splits: int >= 0")            \
+      .Attr("num_weights: int >= 0")               \
+      .Attr("l2: float = 0")                       \
+      .Attr("l2_linear: float = 0")                \
       .Attr("output: {'sum', 'scalar', 'vector'}") \
       .Attr("field_splits: list(int) = []")
 
@@ -505,9 +374,11 @@ class FmInteractionGradOp : public FmKernel {
       .Input("indices: Tindices")                                                                        \
       .Input("values: num_values * Tvalues")                                                             \
       .Input("row_splits: num_row_splits * int64")                                                       \
+      .Input("weights: num_weights * " table_type)                                                       \
       .Output("interaction: Tacc")                                                                       \
       .Output("sums: Tacc")                                                                              \
       .Output("embeddings: Tacc")                                                                        \
+      .Output("linear: Tacc")                                                                            \
       .SetShapeFn(ForwardShape<is_resource>);                                                            \
   REGISTER_OP(prefix "FmInteractionGrad")                                                                \
       .DEEPFM_ATTRS.Attr("num_embeddings: int >= 0")                                                     \
@@ -517,13 +388,16 @@ class FmInteractionGradOp : public FmKernel {
       .Input("indices: Tindices")                                                                        \
       .Input("values: num_values * Tvalues")                                                             \
       .Input("row_splits: num_row_splits * int64")                                                       \
+      .Input("weights: num_weights * " table_type)                                                       \
       .Input("sums: Tacc")                                                                               \
       .Input("embeddings: num_embeddings * Tacc")                                                        \
       .Input("d_interaction: Tacc")                                                                      \
       .Input("d_embeddings: num_d_embeddings * Tacc")                                                    \
+      .Input("d_linear: num_weights * Tacc")                                                             \
       .Output("unique: int64")                                                                           \
       .Output("rows: T")                                                                                 \
       .Output("d_values: Tacc")                                                                          \
+      .Output("weight_rows: T")                                                                          \
       .SetShapeFn(GradientShape<is_resource>);                                                           \
   REGISTER_KERNEL_BUILDER(Name(prefix "FmInteraction").Device(tensorflow::DEVICE_CPU), FmInteractionOp); \
   REGISTER_KERNEL_BUILDER(Name(prefix "FmInteractionGrad").Device(tensorflow::DEVICE_CPU), FmInteractionGradOp);

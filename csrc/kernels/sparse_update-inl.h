@@ -1,0 +1,179 @@
+// The body of the row updates. Included by fm_cpu-inl.h, in the namespace of one instruction set.
+
+// Sets `row` to the sum of the gradients of group u, lanes [c, c + tail).
+template <bool kPartial, typename T>
+static inline VecOf<T> GroupSum(const UpdateArgs& a, const int64_t* starts, const PairPositions& positions, int64_t u,
+                                int64_t c, int tail) {
+  const T* gradient = static_cast<const T*>(a.gradient) + c;
+  VecOf<T> sum = {};
+  for (int64_t j = starts[u]; j < starts[u + 1]; ++j)
+    sum += Load<kPartial>(gradient + PositionOf(positions, j) * a.dim, tail);
+  return sum;
+}
+
+// Calls fn(Int<partial>, first column, lanes) for each register of a row.
+template <typename T, typename Fn>
+static inline void ForRegisters(int64_t dim, const Fn& fn) {
+  constexpr int lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; c + lanes <= dim; c += lanes) fn(Int<0>(), c, lanes);
+  if (c < dim) fn(Int<1>(), c, static_cast<int>(dim - c));
+}
+
+// Rows of one element, a register of them at a time: one division and square root serve them all.
+template <typename T, int kSlots, typename Step>
+static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  constexpr int lanes = kLanes<T>, distance = 2 * lanes;
+  T* arrays[1 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  const int64_t* row_of = a.groups->rows();
+  const int64_t* starts = a.groups->starts();
+  const PairPositions positions = a.groups->positions();
+  const A decay = static_cast<const A*>(a.hyper)[0];
+  for (int64_t u = begin; u < end; u += lanes) {
+    const int n = static_cast<int>(Min(lanes, end - u));
+    A g[lanes] = {}, x[1 + kMostSlots][lanes] = {};
+    for (int l = 0; l < n; ++l) {
+      for (int i = 0; i <= kSlots; ++i) {
+        if (u + l + distance < end) __builtin_prefetch(arrays[i] + row_of[u + l + distance]);
+        x[i][l] = LoadOne(arrays[i] + row_of[u + l]);
+      }
+      g[l] = GroupSum<true, T>(a, starts, positions, u + l, 0, 1)[0];
+    }
+    V v[1 + kMostSlots], gradient;
+    __builtin_memcpy(&gradient, g, sizeof(gradient));
+    __builtin_memcpy(v, x, sizeof(v));
+    if (decay != 0) v[0] -= v[0] * decay;
+    step(gradient, v[0], v + 1);
+    __builtin_memcpy(x, v, sizeof(v));
+    for (int l = 0; l < n; ++l)
+      for (int i = 0; i <= kSlots; ++i) StoreOne(arrays[i] + row_of[u + l], x[i][l]);
+  }
+}
+
+// Groups [begin, end); step(g, p, s) updates a register of the row, p, and of its slots, s.
+template <typename T, int kSlots, typename Step>
+static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  if (a.dim == 1) return UpdateElements<T, kSlots>(a, begin, end, step);
+  T* arrays[1 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  const int64_t* row_of = a.groups->rows();
+  const int64_t* starts = a.groups->starts();
+  const PairPositions positions = a.groups->positions();
+  const A decay = static_cast<const A*>(a.hyper)[0];
+  const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t distance = PrefetchDistance(row_bytes * (1 + kSlots));
+  const int64_t stop = starts[end];
+  for (int64_t u = begin; u < end; ++u) {
+    if (u + distance < end) {
+      for (int i = 0; i <= kSlots; ++i)
+        PrefetchRow(reinterpret_cast<const char*>(arrays[i] + row_of[u + distance] * a.dim), row_bytes);
+    }
+    for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
+      PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
+    const int64_t row = row_of[u] * a.dim;
+    ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
+      constexpr bool kPartial = decltype(partial)::value != 0;
+      const V g = GroupSum<kPartial, T>(a, starts, positions, u, c, tail);
+      V v[1 + kMostSlots];
+      for (int i = 0; i <= kSlots; ++i) v[i] = Load<kPartial>(arrays[i] + row + c, tail);
+      if (decay != 0) v[0] -= v[0] * decay;
+      step(g, v[0], v + 1);
+      for (int i = 0; i <= kSlots; ++i) Store<kPartial>(arrays[i] + row + c, v[i], tail);
+    });
+  }
+}
+
+// The same with one slot per row, which depends on the whole row's gradient.
+template <typename T>
+static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  T* table = static_cast<T*>(a.table);
+  T* slot = static_cast<T*>(a.slots[0]);
+  const int64_t* row_of = a.groups->rows();
+  const int64_t* starts = a.groups->starts();
+  const PairPositions positions = a.groups->positions();
+  const A* hyper = static_cast<const A*>(a.hyper);
+  const A decay = hyper[0], rate = hyper[1], epsilon = hyper[2];
+  const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t distance = PrefetchDistance(row_bytes);
+  const int64_t stop = starts[end];
+  for (int64_t u = begin; u < end; ++u) {
+    if (u + distance < end) {
+      PrefetchRow(reinterpret_cast<const char*>(table + row_of[u + distance] * a.dim), row_bytes);
+      __builtin_prefetch(slot + row_of[u + distance]);
+    }
+    for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
+      PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
+    V squares = {};
+    ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
+      const V g = GroupSum<decltype(partial)::value != 0, T>(a, starts, positions, u, c, tail);
+      squares += g * g;
+    });
+    const A s = LoadOne(slot + row_of[u]) + HorizontalSum(squares) / static_cast<A>(a.dim);
+    StoreOne(slot + row_of[u], s);
+    const A scale = rate / (Sqrt(V{} + s)[0] + epsilon);
+    ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
+      constexpr bool kPartial = decltype(partial)::value != 0;
+      V p = Load<kPartial>(table + row_of[u] * a.dim + c, tail);
+      if (decay != 0) p -= p * decay;
+      p -= GroupSum<kPartial, T>(a, starts, positions, u, c, tail) * scale;
+      Store<kPartial>(table + row_of[u] * a.dim + c, p, tail);
+    });
+  }
+}
+
+// x^power, per lane; the square root where it is one.
+static inline float Power(float x, float power) { return __builtin_powf(x, power); }
+static inline double Power(double x, double power) { return __builtin_pow(x, power); }
+template <typename V, typename A>
+static inline V PowerOf(V x, A power) {
+  if (power == A(0.5)) return Sqrt(x);
+  for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) x[i] = Power(x[i], power);
+  return x;
+}
+
+template <typename T>
+static void Update(const UpdateArgs& a, int64_t begin, int64_t end) {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  const A* hyper = static_cast<const A*>(a.hyper) + 1;
+  switch (a.rule) {
+    case Rule::kSgd: {
+      const A rate = hyper[0];
+      return UpdateRows<T, 0>(a, begin, end, [=](V g, V& p, V*) { p -= g * rate; });
+    }
+    case Rule::kAdagrad: {
+      const A rate = hyper[0], epsilon = hyper[1];
+      return UpdateRows<T, 1>(a, begin, end, [=](V g, V& p, V* s) {
+        s[0] += g * g;
+        p -= g * rate / Sqrt(s[0] + epsilon);
+      });
+    }
+    case Rule::kRowWiseAdagrad:
+      return UpdateRowWiseAdagrad<T>(a, begin, end);
+    case Rule::kLazyAdam: {
+      const A rate = hyper[0], one_minus_beta_1 = hyper[1], one_minus_beta_2 = hyper[2], epsilon = hyper[3];
+      return UpdateRows<T, 2>(a, begin, end, [=](V g, V& p, V* s) {
+        s[0] += (g - s[0]) * one_minus_beta_1;
+        s[1] += (g * g - s[1]) * one_minus_beta_2;
+        p -= s[0] * rate / (Sqrt(s[1]) + epsilon);
+      });
+    }
+    case Rule::kFtrl: {
+      const A rate = hyper[0], power = -hyper[1], l1 = hyper[2], l2 = hyper[3], shrinkage = hyper[4];
+      return UpdateRows<T, 2>(a, begin, end, [=](V g, V& p, V* s) {
+        const V n = s[0] + g * g;
+        const V powered = PowerOf(n, power);
+        s[1] += g + 2 * shrinkage * p - (powered - PowerOf(s[0], power)) / rate * p;
+        V clipped = s[1] > l1 ? V{} + l1 : s[1];
+        clipped = clipped < -l1 ? V{} - l1 : clipped;
+        p = (clipped - s[1]) / (powered / rate + 2 * l2);
+        s[0] = n;
+      });
+    }
+  }
+}

@@ -1,0 +1,50 @@
+// The contract of the optimizers' row updates: the rows of a batch and their slots are fetched once,
+// updated and written once; no other row is touched.
+//
+// For every row u of the groups, with g = sum over its pairs p, ascending, of gradient[p, :]:
+//   table -= table * decay
+//   kSgd             table -= g * rate
+//   kAdagrad         s0 += g^2;              table -= rate * g / sqrt(s0 + epsilon)
+//   kRowWiseAdagrad  s0 += mean of g^2;      table -= rate / (sqrt(s0) + epsilon) * g      s0 is [V]
+//   kLazyAdam        s0 += (g - s0) * one_minus_beta_1;  s1 += (g^2 - s1) * one_minus_beta_2
+//                    table -= s0 * rate / (sqrt(s1) + epsilon)       rate holds the bias corrections
+//   kFtrl            n = s0 + g^2;  s1 += g + 2 * shrinkage * table - (n^-power - s0^-power) / rate * table
+//                    s0 = n;  table = (clip(s1, -l1, l1) - s1) / (n^-power / rate + 2 * l2)
+// Rows are rounded to the table's type after the update; slots have the table's type too.
+#ifndef DEEPFM_KERNELS_SPARSE_UPDATE_H_
+#define DEEPFM_KERNELS_SPARSE_UPDATE_H_
+
+#include "fm.h"
+
+namespace deepfm {
+
+enum class Rule { kSgd, kAdagrad, kRowWiseAdagrad, kLazyAdam, kFtrl };
+constexpr int kMostSlots = 2;
+constexpr int kMostHyper = 6;
+
+// How many slots a rule has, and numbers: the decay, then those of the formula in the order
+// rate, epsilon; rate, one_minus_beta_1, one_minus_beta_2, epsilon; rate, power, l1, l2, shrinkage.
+struct RuleShape {
+  int slots, hyper;
+};
+inline RuleShape ShapeOf(Rule rule) {
+  constexpr RuleShape shapes[] = {{0, 2}, {1, 3}, {1, 3}, {2, 5}, {2, 6}};
+  return shapes[static_cast<int>(rule)];
+}
+
+struct UpdateArgs {
+  Rule rule = Rule::kSgd;
+  TableType table_type = TableType::kFloat32;
+  int64_t dim = 0;                              // K
+  void* table = nullptr;                        // T   [V,K]
+  void* slots[kMostSlots] = {nullptr, nullptr};  // T   [V,K], or [V] (kRowWiseAdagrad)
+  const void* gradient = nullptr;               // T   [n,K]
+  const void* hyper = nullptr;                  // Acc [ShapeOf(rule).hyper]
+  const RowGroups* groups = nullptr;            // of the n pairs' rows
+};
+
+void SparseUpdate(const UpdateArgs& args, const Parallel& parallel);
+
+}  // namespace deepfm
+
+#endif  // DEEPFM_KERNELS_SPARSE_UPDATE_H_

@@ -1,0 +1,122 @@
+// The optimizers' update of a variable's rows. No arithmetic.
+#include "../kernels/sparse_update.h"
+#include "op_common.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace deepfm {
+namespace {
+
+using tensorflow::Var;
+using tensorflow::core::RefCountPtr;
+
+// Makes a variable's buffer its own, so that rows can be written in place: from now on whoever reads
+// the whole variable gets a copy. What TensorFlow's own sparse updates do.
+Status OwnBuffer(OpKernelContext* ctx, Var* var) {
+  if (var->copy_on_read_mode.load()) return absl::OkStatus();
+  if (!var->tensor()->RefCountIsOne()) {
+    Tensor copy;
+    tensorflow::AllocatorAttributes on_host;
+    on_host.set_on_host(true);
+    TF_RETURN_IF_ERROR(ctx->allocate_temp(var->tensor()->dtype(), var->tensor()->shape(), &copy, on_host));
+    std::copy_n(var->tensor()->tensor_data().data(), copy.tensor_data().size(), static_cast<char*>(MutableData(&copy)));
+    *var->tensor() = copy;
+  }
+  var->copy_on_read_mode.store(true);
+  return absl::OkStatus();
+}
+
+class SparseUpdateOp : public Kernel {
+ public:
+  explicit SparseUpdateOp(OpKernelConstruction* ctx) : Kernel(ctx) {
+    static const char* const names[] = {"sgd", "adagrad", "row_wise_adagrad", "lazy_adam", "ftrl"};
+    std::string rule;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("rule", &rule));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("num_slots", &num_slots_));
+    rule_ = static_cast<Rule>(std::find(names, names + 5, rule) - names);
+    OP_REQUIRES(ctx, num_slots_ == ShapeOf(rule_).slots,
+                InvalidArgument(rule, " has ", ShapeOf(rule_).slots, " slots, got ", num_slots_));
+  }
+
+  void Run(OpKernelContext* ctx) override {
+    RefCountPtr<Var> vars[1 + kMostSlots];
+    std::vector<tensorflow::mutex*> mutexes;
+    for (int i = 0; i <= num_slots_; ++i) {
+      OP_REQUIRES_OK(ctx, tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, i), &vars[i]));
+      mutexes.push_back(vars[i]->mu());
+    }
+    std::sort(mutexes.begin(), mutexes.end());  // everyone locks in this order
+    OP_REQUIRES(ctx, std::adjacent_find(mutexes.begin(), mutexes.end()) == mutexes.end(),
+                InvalidArgument("the table and its slots must be different variables"));
+    std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks;
+    for (tensorflow::mutex* mutex : mutexes) locks.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
+
+    const Tensor& indices = ctx->input(1 + num_slots_);
+    const Tensor& gradient = ctx->input(2 + num_slots_);
+    const Tensor& hyper = ctx->input(3 + num_slots_);
+    for (int i = 0; i <= num_slots_; ++i) {
+      const char* name = i == 0 ? "table" : "a slot";
+      OP_REQUIRES(ctx, vars[i]->is_initialized, FailedPrecondition(name, " is a variable that was not initialized"));
+      OP_REQUIRES(ctx, vars[i]->tensor()->dtype() == dtype_,
+                  InvalidArgument(name, " holds ", tensorflow::DataTypeString(vars[i]->tensor()->dtype()),
+                                  ", the gradient is ", tensorflow::DataTypeString(dtype_)));
+    }
+    const TensorShape& shape = vars[0]->tensor()->shape();
+    OP_REQUIRES(ctx, shape.dims() >= 1, InvalidArgument("table must have rows, got a scalar"));
+    OP_REQUIRES(ctx, indices.dims() == 1,
+                InvalidArgument("indices must be rank 1 [n], got shape ", indices.shape().DebugString()));
+    TensorShape want = shape;
+    want.set_dim(0, indices.NumElements());
+    OP_REQUIRES(ctx, gradient.shape() == want,
+                InvalidArgument("gradient must have shape ", want.DebugString(), ", got ",
+                                gradient.shape().DebugString()));
+    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper}));
+    UpdateArgs args;
+    args.rule = rule_;
+    args.table_type = TableTypeOf(dtype_);
+    args.dim = 1;
+    for (int i = 1; i < shape.dims(); ++i) args.dim *= shape.dim_size(i);
+    for (int i = 1; i <= num_slots_; ++i) {
+      const Tensor& slot = *vars[i]->tensor();
+      const int64_t elements = rule_ == Rule::kRowWiseAdagrad ? shape.dim_size(0) : shape.num_elements();
+      OP_REQUIRES(ctx, slot.NumElements() == elements,
+                  InvalidArgument("a slot must have ", elements, " elements, got shape ", slot.shape().DebugString()));
+    }
+    const Parallel pool = PoolOf(ctx);
+    RowGroups groups;
+    const int64_t bad =
+        groups.Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), shape.dim_size(0), pool);
+    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.dim_size(0)));
+    for (int i = 0; i <= num_slots_; ++i) OP_REQUIRES_OK(ctx, OwnBuffer(ctx, vars[i].get()));
+    args.table = MutableData(vars[0]->tensor());
+    for (int i = 1; i <= num_slots_; ++i) args.slots[i - 1] = MutableData(vars[i]->tensor());
+    args.gradient = Data(gradient);
+    args.hyper = Data(hyper);
+    args.groups = &groups;
+    SparseUpdate(args, pool);
+  }
+
+ private:
+  Rule rule_;
+  DataType dtype_;
+  int num_slots_;
+};
+
+REGISTER_OP("DeepfmOpsSparseUpdate")
+    .Attr("T: {float, double, bfloat16, half}")
+    .Attr("Tacc: {float, double}")
+    .Attr("Tindices: {int32, int64}")
+    .Attr("rule: {'sgd', 'adagrad', 'row_wise_adagrad', 'lazy_adam', 'ftrl'}")
+    .Attr("num_slots: int >= 0")
+    .Input("table: resource")
+    .Input("slots: num_slots * resource")
+    .Input("indices: Tindices")
+    .Input("gradient: T")
+    .Input("hyper: Tacc")
+    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
+REGISTER_KERNEL_BUILDER(Name("DeepfmOpsSparseUpdate").Device(tensorflow::DEVICE_CPU), SparseUpdateOp);
+
+}  // namespace
+}  // namespace deepfm

@@ -1,0 +1,332 @@
+"""Optimizers whose step costs what the rows of a batch cost, whatever the size of the table.
+
+Each is a Keras optimizer. A gradient that is a `tf.IndexedSlices`, as `FMInteraction` and `keras.layers.Embedding`
+give, updates the rows it names in one native op: equal indices are added up first, each row and its slots are
+fetched and written once, no other row is touched. A dense gradient is updated as Keras does.
+
+With sparse gradients, and as against Keras's optimizers:
+
+* clipping sees equal indices added up, so that the norm is that of the gradient;
+* weight decay acts on the rows of the batch;
+* `gradient_accumulation_steps` and `use_ema` keep a second whole table, which is rewritten at every step.
+"""
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import resource_variable_ops
+
+from deepfm_ops import _inputs, _library
+
+
+def _native(variable):
+    """The native ops, if they can update this variable."""
+    native = _library.native_ops("auto")
+    usable = isinstance(variable, resource_variable_ops.BaseResourceVariable) and variable.dtype in _inputs.TABLE_DTYPES
+    return native if usable and "GPU" not in (variable.device or "").upper() else None
+
+
+def _added_up(slices):
+    """The slices with equal indices added up; ascending."""
+    indices = slices.indices
+
+    def add():
+        unique, position = tf.unique(indices)
+        order = tf.argsort(unique)
+        rank = tf.math.invert_permutation(order)
+        values = tf.math.unsorted_segment_sum(slices.values, tf.gather(rank, position), tf.size(unique))
+        return values, tf.gather(unique, order)
+
+    ascending = tf.reduce_all(indices[1:] > indices[:-1])
+    values, indices = tf.cond(ascending, lambda: (tf.identity(slices.values), tf.identity(indices)), add)
+    return tf.IndexedSlices(values, indices, slices.dense_shape)
+
+
+class _Sparse:
+    """What the optimizers share; goes before a class of Keras's."""
+
+    _rule = None  # the native op's name for it
+
+    def _slots(self, variable):
+        """The variable's slots, keras.Variables, in the native op's order."""
+        raise NotImplementedError
+
+    def _hyper(self, learning_rate, dtype):
+        """The numbers of the rule, scalars of `dtype`, in the native op's order."""
+        raise NotImplementedError
+
+    def _row_step(self, g, p, slots, hyper):
+        """(new rows, new slots) in plain TensorFlow: the fallback, and the native op's oracle."""
+        raise NotImplementedError
+
+    def apply(self, grads, trainable_variables=None):
+        if self.loss_scale_factor is not None:  # Keras would divide, which slices cannot
+            grads = [_map(lambda g: g / tf.cast(self.loss_scale_factor, g.dtype), g) for g in grads]
+            scale, self.loss_scale_factor = self.loss_scale_factor, None
+            try:
+                return super().apply(grads, trainable_variables)
+            finally:
+                self.loss_scale_factor = scale
+        return super().apply(grads, trainable_variables)
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        if self.gradient_accumulation_steps:
+            grads = [tf.convert_to_tensor(g) for g in grads]
+        sparse = (v for g, v in zip(grads, trainable_variables, strict=True) if isinstance(g, tf.IndexedSlices))
+        self._sparse_keys = {self._var_key(v) for v in sparse}
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _clip_gradients(self, grads):
+        if not (self.clipnorm or self.clipvalue or self.global_clipnorm):
+            return grads
+        grads = [_added_up(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        # The rows that are not named are zero: they change no norm, and clipping leaves them zero.
+        clipped = super()._clip_gradients([g.values if isinstance(g, tf.IndexedSlices) else g for g in grads])
+        return [_map(lambda _, c=c: c, g) for g, c in zip(grads, clipped, strict=True)]
+
+    def _apply_weight_decay(self, variables):
+        super()._apply_weight_decay([v for v in variables if self._var_key(v) not in self._sparse_keys])
+
+    def update_step(self, gradient, variable, learning_rate):
+        if not isinstance(gradient, tf.IndexedSlices):
+            return super().update_step(gradient, variable, learning_rate)
+        value = variable.value if isinstance(variable, keras.Variable) else variable
+        dtype = _inputs.accumulation_dtype(value.dtype)
+        rate = tf.cast(learning_rate, dtype)
+        decay = rate * self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+        hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate, dtype))]
+        slots = [slot.value for slot in self._slots(variable)]
+        gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
+        native = _native(value)
+        if native is None:
+            self._update_rows(gradient, value, slots, hyper)
+            return
+        native.deepfm_ops_sparse_update(
+            table=value.handle,
+            slots=[slot.handle for slot in slots],
+            indices=gradient.indices,
+            gradient=gradient.values,
+            hyper=tf.stack(hyper),
+            rule=self._rule,
+        )
+
+    def _update_rows(self, gradient, value, slots, hyper):
+        gradient = _added_up(gradient)
+        indices, dtype = gradient.indices, hyper[0].dtype
+        p, *rows = [tf.cast(tf.gather(variable, indices), dtype) for variable in (value, *slots)]
+        p, rows = self._row_step(tf.cast(gradient.values, dtype), p - p * hyper[0], rows, hyper[1:])
+        for variable, new in zip((value, *slots), (p, *rows), strict=True):
+            variable.scatter_update(tf.IndexedSlices(tf.cast(new, variable.dtype), indices))
+
+
+def _map(function, gradient):
+    """The function of a gradient's values: all of them, or those of the slices; None stays None."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+    return None if gradient is None else function(gradient)
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class SGD(_Sparse, keras.optimizers.SGD):
+    """Stochastic gradient descent: `w -= learning_rate * g`; arguments as for `keras.optimizers.SGD`.
+
+    On sparse gradients it equals the dense update. With momentum every row moves at every step, so the gradient
+    is then made dense, and the step costs the whole table.
+    """
+
+    _rule = "sgd"
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.momentum and isinstance(gradient, tf.IndexedSlices):
+            self._sparse_decay(variable, learning_rate)
+            gradient = tf.convert_to_tensor(gradient)
+        return super().update_step(gradient, variable, learning_rate)
+
+    def _sparse_decay(self, variable, learning_rate):
+        """The weight decay that was left to a sparse update, on the whole variable as Keras does it."""
+        if self.weight_decay and self._use_weight_decay(variable):
+            rate = tf.cast(learning_rate, variable.dtype) * tf.cast(self.weight_decay, variable.dtype)
+            variable.assign_sub(variable * rate)
+
+    def _slots(self, variable):
+        return []
+
+    def _hyper(self, rate, dtype):
+        return [rate]
+
+    def _row_step(self, g, p, slots, hyper):
+        return p - g * hyper[0], []
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class Adagrad(_Sparse, keras.optimizers.Adagrad):
+    """Adagrad: `s += g^2; w -= learning_rate * g / sqrt(s + epsilon)`; arguments as for `keras.optimizers.Adagrad`.
+
+    On sparse gradients it equals the dense update.
+
+    References:
+        Duchi, Hazan and Singer, "Adaptive Subgradient Methods", JMLR 2011.
+
+    """
+
+    _rule = "adagrad"
+
+    def _slots(self, variable):
+        return [self._accumulators[self._get_variable_index(variable)]]
+
+    def _hyper(self, rate, dtype):
+        return [rate, self.epsilon]
+
+    def _row_step(self, g, p, slots, hyper):
+        rate, epsilon = hyper
+        s = slots[0] + tf.square(g)
+        return p - g * rate / tf.sqrt(s + epsilon), [s]
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
+    """Adagrad with one accumulator per row: `s += mean(g^2); w -= learning_rate * g / (sqrt(s) + epsilon)`.
+
+    Its state is [V] for a table [V, K], where Adagrad's is [V, K]: for tables that hardly fit. A row is what
+    the first axis counts; the mean is over the others, and a vector's rows are its elements. On sparse gradients
+    it equals the dense update.
+
+    Args:
+        learning_rate: float, schedule or callable.
+        initial_accumulator_value: where s starts.
+        epsilon: added to the root.
+        **kwargs: Keras's `weight_decay`, `clipnorm`, `loss_scale_factor`, `name` and so on.
+
+    References:
+        The `EXACT_ROWWISE_ADAGRAD` of FBGEMM; Mudigere et al., "Software-Hardware Co-design for Fast and
+        Scalable Training of Deep Learning Recommendation Models", ISCA 2022.
+
+    """
+
+    _rule = "row_wise_adagrad"
+
+    def __init__(self, learning_rate=0.001, initial_accumulator_value=0.0, epsilon=1e-8, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        if initial_accumulator_value < 0:
+            raise ValueError(f"initial_accumulator_value must be at least 0, got {initial_accumulator_value}")
+        self.initial_accumulator_value = initial_accumulator_value
+        self.epsilon = epsilon
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        start = keras.initializers.Constant(self.initial_accumulator_value)
+        self._accumulators = [
+            self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.name}_accumulator") for v in variables
+        ]
+
+    def update_step(self, gradient, variable, learning_rate):
+        if isinstance(gradient, tf.IndexedSlices):
+            return super().update_step(gradient, variable, learning_rate)
+        (slot,) = self._slots(variable)
+        hyper = [tf.cast(x, variable.dtype) for x in self._hyper(learning_rate, variable.dtype)]
+        g = tf.cast(gradient, variable.dtype)
+        p, (s,) = self._row_step(g, tf.convert_to_tensor(variable), [tf.convert_to_tensor(slot)], hyper)
+        slot.assign(s)
+        variable.assign(p)
+
+    def _slots(self, variable):
+        return [self._accumulators[self._get_variable_index(variable)]]
+
+    def _hyper(self, rate, dtype):
+        return [rate, self.epsilon]
+
+    def _row_step(self, g, p, slots, hyper):
+        rate, epsilon = hyper
+        axes = list(range(1, g.shape.rank))
+        s = slots[0] + tf.reduce_mean(tf.square(g), axis=axes)
+        scale = rate / (tf.sqrt(s) + epsilon)
+        return p - g * scale[(..., *[tf.newaxis] * len(axes))], [s]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initial_accumulator_value": self.initial_accumulator_value,
+            "epsilon": self.epsilon,
+        }
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class LazyAdam(_Sparse, keras.optimizers.Adam):
+    """Adam that leaves absent rows alone; arguments as for `keras.optimizers.Adam`, without amsgrad.
+
+    With t the number of the step, for the rows of the batch:
+
+        m += (1 - beta_1) * (g - m);  v += (1 - beta_2) * (g^2 - v)
+        w -= learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t) * m / (sqrt(v) + epsilon)
+
+    The moments of a row that is not in the batch do not decay, and the row does not move; dense Adam would go on
+    moving it along its fading momentum. t counts all steps, not those of the row. These are the semantics of
+    PyTorch's SparseAdam (torch/optim/_functional.py, sparse_adam) and of TensorFlow Addons' LazyAdam. Dense
+    gradients get exactly Keras's Adam.
+
+    References:
+        Kingma and Ba, "Adam", ICLR 2015, end of section 2 (the bias corrections folded into the rate).
+
+    """
+
+    _rule = "lazy_adam"
+
+    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, amsgrad=False, **kwargs):
+        if amsgrad:
+            raise ValueError("amsgrad is not supported: the largest second moment of an absent row is not kept")
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
+
+    def _slots(self, variable):
+        index = self._get_variable_index(variable)
+        return [self._momentums[index], self._velocities[index]]
+
+    def _hyper(self, rate, dtype):
+        step = tf.cast(self.iterations + 1, dtype)
+        correction = tf.sqrt(1 - tf.pow(tf.cast(self.beta_2, dtype), step)) / (
+            1 - tf.pow(tf.cast(self.beta_1, dtype), step)
+        )
+        return [rate * correction, 1 - self.beta_1, 1 - self.beta_2, self.epsilon]
+
+    def _row_step(self, g, p, slots, hyper):
+        rate, one_minus_beta_1, one_minus_beta_2, epsilon = hyper
+        m = slots[0] + (g - slots[0]) * one_minus_beta_1
+        v = slots[1] + (tf.square(g) - slots[1]) * one_minus_beta_2
+        return p - m * rate / (tf.sqrt(v) + epsilon), [m, v]
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class Ftrl(_Sparse, keras.optimizers.Ftrl):
+    """Follow the regularized leader; arguments and formula as for `keras.optimizers.Ftrl`.
+
+    On sparse gradients the rows of the batch get the dense update. A row that was never in a batch keeps its
+    initial value, where the dense update would set it to zero in the first step: with weights that start at
+    zero, Ftrl's own start, the two are equal (a learning rate that changes, and shrinkage, act on a row when it
+    comes).
+
+    References:
+        McMahan et al., "Ad Click Prediction: a View from the Trenches", KDD 2013, algorithm 1.
+
+    """
+
+    _rule = "ftrl"
+
+    def _slots(self, variable):
+        index = self._get_variable_index(variable)
+        return [self._accumulators[index], self._linears[index]]
+
+    def _hyper(self, rate, dtype):
+        return [
+            rate,
+            self.learning_rate_power,
+            self.l1_regularization_strength,
+            self.l2_regularization_strength + self.beta / (2.0 * rate),
+            self.l2_shrinkage_regularization_strength,
+        ]
+
+    def _row_step(self, g, p, slots, hyper):
+        rate, power, l1, l2, shrinkage = hyper
+        n = slots[0] + tf.square(g)
+        powered = tf.pow(n, -power)
+        linear = slots[1] + (g + 2 * shrinkage * p) - (powered - tf.pow(slots[0], -power)) / rate * p
+        return (tf.clip_by_value(linear, -l1, l1) - linear) / (powered / rate + 2 * l2), [n, linear]
