@@ -63,7 +63,7 @@ class _SparseLayer(keras.layers.Layer):
             splits = (0, *itertools.accumulate(self.field_sizes))
             pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
-        result, embeddings, linear = ops.interaction(
+        result, embeddings, linear, penalty = ops.interaction(
             table,
             pairs,
             output,
@@ -76,6 +76,8 @@ class _SparseLayer(keras.layers.Layer):
             embeddings = tf.cast(embeddings, self.compute_dtype)
             if pairs.row_splits is not None:
                 embeddings = tf.RaggedTensor.from_row_splits(embeddings, pairs.row_splits)
+        if penalty is not None:
+            self.add_loss(penalty)
         linear = None if linear is None else tf.cast(linear, self.compute_dtype)
         return tf.cast(result, self.compute_dtype), embeddings, linear
 
@@ -172,8 +174,9 @@ class FMInteraction(_SparseLayer):
             whole table, so that its gradient is dense.
         linear_initializer, linear_regularizer: of w [V, 1].
         linear_apart: return the first order by itself, [B, 1], after the interaction, instead of adding it.
-        l2, l2_linear: strengths of a penalty on the rows that a batch uses: it adds 2 * l2 * row to the
-            gradient of each, once, and leaves the gradient sparse. The loss that is reported does not hold it.
+        l2, l2_linear: strengths of a penalty, l2 * sum of row^2 over the rows that a batch uses, each once. It
+            is among the layer's `losses` and leaves the gradient sparse; its value there is zero, only its
+            gradient is that of the penalty.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.
         backend: "auto" (the native op where it loads), "native" or "reference".

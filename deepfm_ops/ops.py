@@ -86,8 +86,10 @@ def interaction(
     native = _library.native_ops(backend)
     is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)
     if native is None or (isinstance(table, tf.Variable) and (not is_variable or _on_gpu(table))):
-        result, embeddings, linear = reference.interaction(table, pairs, output, field_splits, weights, l2, l2_linear)
-        return result, embeddings if return_embeddings else None, linear
+        result, embeddings, linear, penalty = reference.interaction(
+            table, pairs, output, field_splits, weights, l2, l2_linear
+        )
+        return result, embeddings if return_embeddings else None, linear, penalty
     if is_variable:
         # The handle, never the value: reading the value of a sparsely updated variable copies the table.
         # A tape watches variables that report an access.
@@ -99,7 +101,7 @@ def interaction(
     else:
         op, table_input, table_dtype = native.deepfm_ops_fm_interaction, table, {}
         weights_input = [] if weights is None else [weights]
-    result, _, embeddings, linear = op(
+    result, _, embeddings, linear, penalty = op(
         table=table_input,
         indices=pairs.indices,
         values=[] if pairs.values is None else [pairs.values],
@@ -114,7 +116,8 @@ def interaction(
         return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
         **table_dtype,
     )
-    return result, embeddings if return_embeddings else None, None if weights is None else linear
+    linear, penalty = None if weights is None else linear, penalty if l2 or l2_linear else None
+    return result, embeddings if return_embeddings else None, linear, penalty
 
 
 def _on_gpu(variable):
@@ -145,7 +148,7 @@ def _values_needed(op, num_values):
 
 @tf.RegisterGradient("DeepfmOpsFmInteraction")
 @tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
-def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear):
+def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
     table, indices = op.inputs[0], op.inputs[1]
     values, row_splits, weights, _ = _split(op, op.inputs)
     pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
@@ -163,6 +166,7 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear):
         d_interaction=d_interaction,
         d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
         d_linear=[d_linear] if weights else [],
+        d_penalty=d_penalty,
         **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
         need_values=_values_needed(op, len(values)),
         **({"T": op.get_attr("T")} if is_resource else {}),
@@ -183,7 +187,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     table, indices = op.inputs[0], op.inputs[1]
     values, row_splits, weights, rest = _split(op, op.inputs)
     num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
-    d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings and the first order
+    d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings, the first order and the penalty
     dtype = op.get_attr("T")
     unique = op.outputs[0]
     position = tf.reshape(tf.searchsorted(unique, tf.cast(tf.reshape(indices, [-1]), tf.int64)), tf.shape(indices))
@@ -206,12 +210,11 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                 op.get_attr("field_splits"),
                 wide[1] if weights else None,
             )
-        outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
+            penalty = sum(tf.cast(l2, r.dtype) * tf.reduce_sum(r * r) for l2, r in zip(strengths, rows, strict=False))
+            outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
+            outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
         first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
         first = [tf.convert_to_tensor(g) for g in first]
-        first[: len(rows)] = [
-            g + tf.cast(2 * l2, r.dtype) * r for g, r, l2 in zip(first, rows, strengths, strict=False)
-        ]
     seeds = [dd_rows, *([dd_weight_rows] if weights else []), *([dd_values] if op.get_attr("need_values") else [])]
     second = outer.gradient(
         first[: len(seeds)], [*rows, *values, *d_outputs], output_gradients=seeds, unconnected_gradients="zero"

@@ -17,7 +17,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
 
 
 def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_linear=0.0):
-    """What the native op computes: (interaction, embeddings, linear).
+    """What the native op computes: (interaction, embeddings, linear, penalty).
 
     Args:
         table: tf.Variable or Tensor [V, K].
@@ -26,13 +26,15 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
         field_splits: ints [F + 1] over the columns of dense indices: the columns of a field are summed.
             Empty: every pair is a field.
         weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
-        l2: strength of a penalty on the table's rows of the batch: each unique row's gradient gets 2 * l2 * row.
+        l2: strength of a penalty on the table's rows of the batch, each counted once.
         l2_linear: likewise of the weights.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
         embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
         linear: the first order, [B, 1], same dtype; None without weights.
+        penalty: scalar, to be added to the loss: its gradient is that of l2 * sum of row^2 over the unique rows
+            of the batch (and likewise of the weights), its value is zero; None without strengths.
 
     """
     pairs = _checked(pairs, _num_rows(table))
@@ -40,9 +42,13 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
     flat = tf.reshape(pairs.indices, [-1])
     unique = tf.sort(tf.unique(flat).y)
     position = tf.reshape(tf.searchsorted(unique, flat), tf.shape(pairs.indices))
-    rows = tf.gather(_rows(table, unique, l2), position)
-    weight_rows = None if weights is None else tf.gather(_rows(weights, unique, l2_linear), position)
-    return formula(rows, pairs, output, field_splits, weight_rows)
+    rows = _rows(table, unique)
+    weight_rows = None if weights is None else _rows(weights, unique)
+    penalty = None
+    if l2 or l2_linear:
+        penalty = _silent_penalty(rows, l2) + (0 if weights is None else _silent_penalty(weight_rows, l2_linear))
+    weight_rows = None if weights is None else tf.gather(weight_rows, position)
+    return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows), penalty
 
 
 def formula(rows, pairs, output, field_splits=(), weight_rows=None):
@@ -80,14 +86,15 @@ def _num_rows(table):
     return tf.shape(table, tf.int64)[0]
 
 
-def _rows(table, unique, l2):
-    """The rows in the accumulation dtype, with the penalty's gradient."""
+def _rows(table, unique):
     rows = tf.gather(table, unique)
-    rows = tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
-    if not l2:
-        return rows
-    pulled = tf.custom_gradient(lambda x: (tf.identity(x), lambda g: g + tf.cast(2 * l2, x.dtype) * x))
-    return pulled(rows)
+    return tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
+
+
+def _silent_penalty(rows, l2):
+    """Zero, with the gradient of l2 * sum of rows^2."""
+    silent = tf.custom_gradient(lambda x: (tf.zeros([], x.dtype), lambda g: g * tf.cast(2 * l2, x.dtype) * x))
+    return silent(rows)
 
 
 def _checked(pairs, num_rows):

@@ -161,7 +161,7 @@ def test_fields_of_several_columns(splits, output, rng):
             tape.watch(values)
             pairs = pairs._replace(values=values)
             options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
-            y, e, _ = ops.interaction(table, pairs, output, **options)
+            y, e, *_ = ops.interaction(table, pairs, output, **options)
             loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(tf.cos(e))
         d_table, d_values = tape.gradient(loss, [table, values])
         results.append((y, e, d_table.values, d_values))
@@ -206,11 +206,13 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
                     weight_rows = tf.gather(tf.convert_to_tensor(w), pairs.indices)
                     y, e, linear = reference.formula(rows, pairs, output, splits, weight_rows)
                 else:
-                    y, e, linear = ops.interaction(table, pairs, output, **options)
+                    y, e, linear, penalty = ops.interaction(table, pairs, output, **options)
                 loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(tf.cos(e)) + tf.reduce_sum(tf.sin(2 * linear))
-                if backend == "definition":
-                    for t, l2 in ((table, 0.25), (w, 0.125)):
-                        loss += l2 * tf.reduce_sum(used * tf.convert_to_tensor(t) ** 2)
+                if backend == "definition":  # what the penalty's gradient is the gradient of
+                    penalty = sum(
+                        l2 * tf.reduce_sum(used * tf.convert_to_tensor(t) ** 2) for t, l2 in ((table, 0.25), (w, 0.125))
+                    )
+                loss += 3 * penalty
             first = inner.gradient(loss, [table, w, x], unconnected_gradients="zero")
             first = [tf.convert_to_tensor(g) for g in first]
             second = sum(tf.reduce_sum(tf.sin(g)) for g in first)

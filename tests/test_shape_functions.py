@@ -60,7 +60,12 @@ def test_forward(case, resource):
         arguments.pop("Tacc")
         f = seen["forward"]
         arguments |= {"sums": f.sums, "embeddings": [f.embeddings], "d_interaction": f.interaction}
-        arguments |= {"d_embeddings": [f.embeddings], "need_values": values is not None, "d_linear": []}
+        arguments |= {
+            "d_embeddings": [f.embeddings],
+            "need_values": values is not None,
+            "d_linear": [],
+            "d_penalty": f.penalty,
+        }
         if resource:
             seen["gradient"] = native.deepfm_ops_resource_fm_interaction_grad(table=table, T=tf.float32, **arguments)
         else:

@@ -1,4 +1,5 @@
 // The TensorFlow side: registration, shape functions, validation, allocation. No arithmetic.
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -109,6 +110,7 @@ Status ForwardShape(InferenceContext* c) {
     c->set_output(2, c->MakeShape({s.num_samples, s.fields_or_pairs, s.dim}));
   }
   c->set_output(3, s.weighted ? c->Matrix(s.num_samples, 1) : c->Vector(int64_t{0}));
+  c->set_output(4, c->Scalar());
   return absl::OkStatus();
 }
 
@@ -275,6 +277,9 @@ class FmInteractionOp : public FmKernel {
     args.sums = MutableData(sums);
     args.embeddings = return_embeddings_ ? MutableData(embeddings) : nullptr;
     args.linear = MutableData(linear);
+    Tensor* penalty;
+    OP_REQUIRES_OK(ctx, Allocate(ctx, 4, {}, &penalty));
+    std::memset(MutableData(penalty), 0, penalty->tensor_data().size());
     const int64_t bad = FmForward(args, PoolOf(ctx));
     OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
   }
@@ -295,7 +300,7 @@ class FmInteractionGradOp : public FmKernel {
     Table table, weights;
     GradientArgs args;
     OpInputList values, embeddings, d_embeddings, d_linear;
-    const Tensor *sums, *d_interaction;
+    const Tensor *sums, *d_interaction, *d_penalty;
     OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
     OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
@@ -304,6 +309,8 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
     OP_REQUIRES_OK(ctx, ctx->input_list("d_embeddings", &d_embeddings));
     OP_REQUIRES_OK(ctx, ctx->input_list("d_linear", &d_linear));
+    OP_REQUIRES_OK(ctx, ctx->input("d_penalty", &d_penalty));
+    OP_REQUIRES_OK(ctx, CheckShape("d_penalty", *d_penalty, {}));
     const FmShape& shape = args.shape;
     OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
     OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
@@ -339,8 +346,9 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{groups.size(), 1} : Sizes{0}, &weight_rows));
     args.d_linear = DataOrNull(d_linear);
     args.weight_rows = MutableData(weight_rows);
-    args.l2 = l2_;
-    args.l2_linear = l2_linear_;
+    const double scale = acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
+    args.l2 = l2_ * scale;
+    args.l2_linear = l2_linear_ * scale;
     args.groups = &groups;
     args.rows = MutableData(rows);
     args.d_values = need_values_ ? MutableData(d_values) : nullptr;
@@ -352,6 +360,7 @@ class FmInteractionGradOp : public FmKernel {
   float l2_, l2_linear_;
 };
 
+// The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.
 // Values have a type attribute of their own because there may be none of them to take it from.
 // A table by value and a table by variable differ in their first input only.
 #define DEEPFM_ATTRS                               \
@@ -379,6 +388,7 @@ class FmInteractionGradOp : public FmKernel {
       .Output("sums: Tacc")                                                                              \
       .Output("embeddings: Tacc")                                                                        \
       .Output("linear: Tacc")                                                                            \
+      .Output("penalty: Tacc")                                                                           \
       .SetShapeFn(ForwardShape<is_resource>);                                                            \
   REGISTER_OP(prefix "FmInteractionGrad")                                                                \
       .DEEPFM_ATTRS.Attr("num_embeddings: int >= 0")                                                     \
@@ -394,6 +404,7 @@ class FmInteractionGradOp : public FmKernel {
       .Input("d_interaction: Tacc")                                                                      \
       .Input("d_embeddings: num_d_embeddings * Tacc")                                                    \
       .Input("d_linear: num_weights * Tacc")                                                             \
+      .Input("d_penalty: Tacc")                                                                          \
       .Output("unique: int64")                                                                           \
       .Output("rows: T")                                                                                 \
       .Output("d_values: Tacc")                                                                          \
