@@ -238,8 +238,8 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end && bad < 0; b += step) {
     ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
       if (bad < 0)
-        bad = ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, last_pair,
-                                                                                         first, tail);
+        bad = ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, last_pair, first,
+                                                                                       tail);
     });
   }
   return bad;
@@ -264,6 +264,7 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
   const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
   const A* d_linear = static_cast<const A*>(a.d_linear);
   const A pull = static_cast<A>(2 * a.l2), pull_linear = static_cast<A>(2 * a.l2_linear);
+  const bool read_weights = weights && (d_values || pull_linear != 0);  // each is a cache line of its own
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
@@ -275,11 +276,11 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
     if (first == 0) {
       if (u + distance < end)
         PrefetchRow(reinterpret_cast<const char*>(table) + row_of[u + distance] * row_bytes, row_bytes);
-      if (weights && u + distance < end) __builtin_prefetch(weights + row_of[u + distance]);
+      if (read_weights && u + distance < end) __builtin_prefetch(weights + row_of[u + distance]);
     }
     V row[kVecs], total[kVecs] = {};
     LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
-    const A weight = weights ? LoadOne(weights + row_of[u]) : A(0);
+    const A weight = read_weights ? LoadOne(weights + row_of[u]) : A(0);
     A weight_total = 0;
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
       if (first == 0 && j + distance < stop) {

@@ -11,6 +11,10 @@ namespace deepfm {
 void* TakeScratch(int64_t bytes);
 void GiveBackScratch(void* block);
 
+// Asks the system to keep these bytes in huge pages, now if it can: random rows of a large table then
+// cost fewer TLB misses. A wish only; the contents stay as they are.
+void PreferHugePages(void* data, int64_t bytes);
+
 // An uninitialized array.
 template <typename T>
 class Scratch {

@@ -35,12 +35,12 @@ inline RuleShape ShapeOf(Rule rule) {
 struct UpdateArgs {
   Rule rule = Rule::kSgd;
   TableType table_type = TableType::kFloat32;
-  int64_t dim = 0;                              // K
-  void* table = nullptr;                        // T   [V,K]
+  int64_t dim = 0;                               // K
+  void* table = nullptr;                         // T   [V,K]
   void* slots[kMostSlots] = {nullptr, nullptr};  // T   [V,K], or [V] (kRowWiseAdagrad)
-  const void* gradient = nullptr;               // T   [n,K]
-  const void* hyper = nullptr;                  // Acc [ShapeOf(rule).hyper]
-  const RowGroups* groups = nullptr;            // of the n pairs' rows
+  const void* gradient = nullptr;                // T   [n,K]
+  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper]
+  const RowGroups* groups = nullptr;             // of the n pairs' rows
 };
 
 void SparseUpdate(const UpdateArgs& args, const Parallel& parallel);

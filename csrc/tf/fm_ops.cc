@@ -346,7 +346,8 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{groups.size(), 1} : Sizes{0}, &weight_rows));
     args.d_linear = DataOrNull(d_linear);
     args.weight_rows = MutableData(weight_rows);
-    const double scale = acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
+    const double scale =
+        acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
     args.l2 = l2_ * scale;
     args.l2_linear = l2_linear_ * scale;
     args.groups = &groups;

@@ -24,6 +24,7 @@ Status OwnBuffer(OpKernelContext* ctx, Var* var) {
     *var->tensor() = copy;
   }
   var->copy_on_read_mode.store(true);
+  PreferHugePages(MutableData(var->tensor()), var->tensor()->tensor_data().size());
   return absl::OkStatus();
 }
 
@@ -69,9 +70,9 @@ class SparseUpdateOp : public Kernel {
                 InvalidArgument("indices must be rank 1 [n], got shape ", indices.shape().DebugString()));
     TensorShape want = shape;
     want.set_dim(0, indices.NumElements());
-    OP_REQUIRES(ctx, gradient.shape() == want,
-                InvalidArgument("gradient must have shape ", want.DebugString(), ", got ",
-                                gradient.shape().DebugString()));
+    OP_REQUIRES(
+        ctx, gradient.shape() == want,
+        InvalidArgument("gradient must have shape ", want.DebugString(), ", got ", gradient.shape().DebugString()));
     OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper}));
     UpdateArgs args;
     args.rule = rule_;

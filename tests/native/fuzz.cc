@@ -82,6 +82,97 @@ struct Brain {
   static constexpr double kStored = 0.01;
 };
 
+// A row update by every rule in turn, against double: rows without a pair keep every bit.
+template <typename D, typename I>
+void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices, const RowGroups& groups,
+                const Parallel& parallel) {
+  typedef typename D::T T;
+  typedef typename D::A A;
+  const Rule rule = static_cast<Rule>(Uniform(0, 4));
+  const RuleShape rule_shape = ShapeOf(rule);
+  const int64_t n = indices.size;
+  const bool row_wise = rule == Rule::kRowWiseAdagrad;
+  Array<T> gradient(n * K, false);
+  for (T& x : gradient.data) x = D::Make(std::uniform_real_distribution<double>(-1, 1)(rng));
+  std::vector<Array<T>> state;  // the table and its slots
+  for (int i = 0; i <= rule_shape.slots; ++i) {
+    state.emplace_back(i > 0 && row_wise ? V : V * K, true);
+    for (int64_t j = 0; j < state[i].size; ++j) state[i].data[j] = D::Make(std::uniform_real_distribution<double>(0.5, 1)(rng));
+  }
+  const std::vector<Array<T>> before = state;
+  const double decay = Chance(50) ? 0 : 0.25, power = Chance(50) ? -0.5 : -0.75;
+  const double numbers[5][kMostHyper] = {{decay, 0.5},
+                                         {decay, 0.5, 0.125},
+                                         {decay, 0.5, 0.125},
+                                         {decay, 0.5, 0.25, 0.125, 0.125},
+                                         {decay, 0.5, power, 0.25, 0.125, 0.25}};
+  const double* h = numbers[static_cast<int>(rule)];
+  Array<A> hyper(rule_shape.hyper, false);
+  for (int i = 0; i < rule_shape.hyper; ++i) hyper.data[i] = static_cast<A>(h[i]);
+  UpdateArgs a;
+  a.rule = rule;
+  a.table_type = D::kType;
+  a.dim = K;
+  a.table = state[0].data.data();
+  for (int i = 0; i < rule_shape.slots; ++i) a.slots[i] = state[i + 1].data.data();
+  a.gradient = gradient.data.data();
+  a.hyper = hyper.data.data();
+  a.groups = &groups;
+  SparseUpdate(a, parallel);
+  std::vector<double> g(V * K), squares(V);
+  std::vector<int64_t> count(V);
+  for (int64_t p = 0; p < n; ++p) {
+    ++count[indices.data[p]];
+    for (int64_t k = 0; k < K; ++k) g[indices.data[p] * K + k] += D::Read(gradient.data[p * K + k]);
+  }
+  for (int64_t i = 0; i < V * K; ++i) squares[i / K] += g[i] * g[i] / static_cast<double>(K);
+  for (const Array<T>& array : state) EXPECT(array.Intact(), "V=%ld K=%ld", long(V), long(K));
+  for (int64_t i = 0; i < V * K; ++i) {
+    const int64_t slot = row_wise ? i / K : i;
+    double x = D::Read(before[0].data[i]), s0 = 0, s1 = 0;
+    if (rule_shape.slots > 0) s0 = D::Read(before[1].data[slot]);
+    if (rule_shape.slots > 1) s1 = D::Read(before[2].data[slot]);
+    if (count[i / K]) {
+      x -= x * decay;
+      switch (rule) {
+        case Rule::kSgd:
+          x -= g[i] * h[1];
+          break;
+        case Rule::kAdagrad:
+          s0 += g[i] * g[i];
+          x -= h[1] * g[i] / std::sqrt(s0 + h[2]);
+          break;
+        case Rule::kRowWiseAdagrad:
+          s0 += squares[i / K];
+          x -= h[1] / (std::sqrt(s0) + h[2]) * g[i];
+          break;
+        case Rule::kLazyAdam:
+          s0 += (g[i] - s0) * h[2];
+          s1 += (g[i] * g[i] - s1) * h[3];
+          x -= s0 * h[1] / (std::sqrt(s1) + h[4]);
+          break;
+        case Rule::kFtrl: {
+          const double total = s0 + g[i] * g[i], powered = std::pow(total, -h[2]);
+          s1 += g[i] + 2 * h[5] * x - (powered - std::pow(s0, -h[2])) / h[1] * x;
+          s0 = total;
+          x = (std::min(std::max(s1, -h[3]), h[3]) - s1) / (powered / h[1] + 2 * h[4]);
+        }
+      }
+    }
+    const double want[] = {x, s0, s1};
+    for (int j = 0; j <= rule_shape.slots; ++j) {
+      const double got = D::Read(state[j].data[j ? slot : i]);
+      const double bound = (sizeof(A) == 4 ? 1e-4 : 1e-11) * (1 + static_cast<double>(count[i / K])) + D::kStored;
+      if (count[i / K]) {
+        EXPECT(std::fabs(got - want[j]) <= bound * (1 + std::fabs(want[j])), "rule %d array %d: %g, %g",
+               static_cast<int>(rule), j, got, want[j]);
+      } else {
+        EXPECT(got == want[j], "rule %d array %d moved", static_cast<int>(rule), j);
+      }
+    }
+  }
+}
+
 template <typename D, typename I>
 void Case(const char* where, const Parallel& parallel) {
   typedef typename D::T T;
@@ -123,6 +214,10 @@ void Case(const char* where, const Parallel& parallel) {
   for (I& i : indices.data) i = static_cast<I>(one_row ? V - 1 : Uniform(0, V - 1));
   for (A& x : values.data) x = Chance(10) ? A(0) : static_cast<A>(std::uniform_real_distribution<double>(-2, 2)(rng));
   const bool with_values = Chance(70), with_embeddings = pooled || Chance(50);
+  const bool with_weights = K > 0 && Chance(50);
+  Array<T> weights(with_weights ? V : 0, false);
+  for (T& x : weights.data) x = D::Make(std::uniform_real_distribution<double>(-1, 1)(rng));
+  Array<A> linear(with_weights ? B : 0, true);
 
   Array<A> interaction(B * width, true), sums(B * K, true), embeddings(with_embeddings ? num_embeddings * K : 0, true);
   ForwardArgs f;
@@ -133,6 +228,8 @@ void Case(const char* where, const Parallel& parallel) {
   f.table = table.data.data();
   f.indices = indices.data.data();
   f.values = with_values ? values.data.data() : nullptr;
+  f.weights = with_weights ? weights.data.data() : nullptr;
+  f.linear = linear.data.data();
   f.interaction = interaction.data.data();
   f.sums = sums.data.data();
   f.embeddings = with_embeddings ? embeddings.data.data() : nullptr;
@@ -153,7 +250,8 @@ void Case(const char* where, const Parallel& parallel) {
     EXPECT(groups.Build(bad.data(), f.index_type, n, V, parallel) == first && groups.size() == 0, "n=%ld", long(n));
   }
   EXPECT(FmForward(f, parallel) == -1, "n=%ld V=%ld", long(n), long(V));
-  EXPECT(interaction.Intact() && sums.Intact() && embeddings.Intact(), "B=%ld K=%ld", long(B), long(K));
+  EXPECT(interaction.Intact() && sums.Intact() && embeddings.Intact() && linear.Intact(), "B=%ld K=%ld", long(B),
+         long(K));
 
   // The same in double, by the definition.
   auto field_of = [&](int64_t p, int64_t b) {
@@ -195,6 +293,12 @@ void Case(const char* where, const Parallel& parallel) {
     }
     if (output == Output::kScalar) EXPECT(close(interaction.data[b], scalar, 1), "b=%ld K=%ld", long(b), long(K));
   }
+  for (int64_t b = 0; with_weights && b < B; ++b) {
+    double want = 0;
+    for (int64_t p = ragged ? row_splits[b] : b * P; p < (ragged ? row_splits[b + 1] : b * P + P); ++p)
+      want += (with_values ? values.data[p] : 1) * D::Read(weights.data[indices.data[p]]);
+    EXPECT(close(linear.data[b], want, 1), "linear b=%ld", long(b));
+  }
   for (int64_t i = 0; i < embeddings.size; ++i) EXPECT(close(embeddings.data[i], e[i], 1), "embeddings %ld", long(i));
 
   // Gradient.
@@ -205,8 +309,15 @@ void Case(const char* where, const Parallel& parallel) {
   Array<A> g(B * width, false), de(with_de ? num_embeddings * K : 0, false), dx(with_dx ? n : 0, true);
   for (A& x : g.data) x = static_cast<A>(std::uniform_real_distribution<double>(-1, 1)(rng));
   for (A& x : de.data) x = static_cast<A>(std::uniform_real_distribution<double>(-1, 1)(rng));
-  Array<T> rows(U * K, true);
+  Array<T> rows(U * K, true), weight_rows(with_weights ? U : 0, true);
+  Array<A> d_linear(with_weights ? B : 0, false);
+  for (A& x : d_linear.data) x = static_cast<A>(std::uniform_real_distribution<double>(-1, 1)(rng));
   GradientArgs a;
+  a.weights = f.weights;
+  a.d_linear = d_linear.data.data();
+  a.weight_rows = weight_rows.data.data();
+  a.l2 = Chance(50) ? 0 : 0.5;
+  a.l2_linear = Chance(50) ? 0 : 0.25;
   a.shape = shape;
   a.table_type = D::kType;
   a.output = output;
@@ -220,8 +331,8 @@ void Case(const char* where, const Parallel& parallel) {
   a.rows = rows.data.data();
   a.d_values = with_dx ? dx.data.data() : nullptr;
   FmGradient(a, parallel);
-  EXPECT(rows.Intact() && dx.Intact(), "U=%ld K=%ld", long(U), long(K));
-  std::vector<double> want(V * K);
+  EXPECT(rows.Intact() && dx.Intact() && weight_rows.Intact(), "U=%ld K=%ld", long(U), long(K));
+  std::vector<double> want(V * K), want_weights(V);
   std::vector<int64_t> count(V);
   for (int64_t p = 0; p < n; ++p) {
     const int64_t b = sample[p], i = field_of(p, b);
@@ -235,6 +346,10 @@ void Case(const char* where, const Parallel& parallel) {
       want[indices.data[p] * K + k] += x * dk;
       dot += dk * D::Read(table.data[indices.data[p] * K + k]);
     }
+    if (with_weights) {
+      want_weights[indices.data[p]] += x * d_linear.data[b];
+      dot += D::Read(weights.data[indices.data[p]]) * d_linear.data[b];
+    }
     if (with_dx) EXPECT(close(dx.data[p], dot, 4), "d_values %ld", long(p));
   }
   int64_t u = 0;
@@ -242,13 +357,21 @@ void Case(const char* where, const Parallel& parallel) {
     if (!count[v]) continue;
     EXPECT(u < U && groups.rows()[u] == v && groups.starts()[u + 1] - groups.starts()[u] == count[v], "v=%ld", long(v));
     for (int64_t k = 0; k < K; ++k) {
-      const double got = D::Read(rows.data[u * K + k]), expected = want[v * K + k];
+      const double got = D::Read(rows.data[u * K + k]);
+      const double expected = want[v * K + k] + 2 * a.l2 * D::Read(table.data[v * K + k]);
       EXPECT(std::fabs(got - expected) <= eps * scale * 4 * count[v] + D::kStored * std::fabs(expected),
              "row %ld k %ld: %g, %g", long(v), long(k), got, expected);
+    }
+    if (with_weights) {
+      const double expected = want_weights[v] + 2 * a.l2_linear * D::Read(weights.data[v]);
+      EXPECT(std::fabs(D::Read(weight_rows.data[u]) - expected) <=
+                 eps * scale * 4 * count[v] + D::kStored * std::fabs(expected),
+             "weight row %ld", long(v));
     }
     ++u;
   }
   EXPECT(u == U && groups.starts()[U] == n, "U=%ld", long(U));
+  UpdateCase<D, I>(where, V, K, indices, groups, parallel);
 }
 
 }  // namespace
