@@ -17,8 +17,9 @@ _HOME = {
     "get_feature_names": "features",
     "FeatureDictionary": "features",
     "native_info": "_library",
+    "Checkpoint": "checkpoints",
 }
-_MODULES = ("datasets", "deepctr", "features", "layers", "models", "ops", "optimizers", "reference")
+_MODULES = ("checkpoints", "datasets", "deepctr", "features", "layers", "models", "ops", "optimizers", "reference")
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

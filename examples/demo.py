@@ -1,6 +1,6 @@
 """Trains LR, FM, DNN and DeepFM on MovieLens-100k and compares them: what `make demo` runs.
 
-python examples/demo.py [--seeds N] [--data FOLDER] [--output FOLDER]
+python examples/demo.py [--seeds N] [--data FOLDER] [--output FOLDER] [--checkpoints FOLDER] [--optimizer NAME]
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pandas as pd
 import tensorflow as tf
 
 import deepfm_ops
-from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, datasets
+from deepfm_ops import Checkpoint, DeepFM, FeatureDictionary, FMInteraction, datasets, optimizers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -57,10 +57,12 @@ def prepare(path):
     return features, {name: (features.transform(p), p["label"].to_numpy()) for name, p in parts.items()}
 
 
-def build(features, kind, seed):
+def build(features, kind, seed, choices):
     """One of the four models, compiled."""
     settings = dict(MODELS[kind])
     rate = settings.pop("rate")
+    if choices.l2 is not None:
+        settings["l2_embedding"] = choices.l2
     model = DeepFM(
         features.num_features,
         features.num_fields,
@@ -68,11 +70,13 @@ def build(features, kind, seed):
         hidden_units=(128,),
         field_sizes=features.field_sizes,
         l2_linear=1e-5,
+        l2_scope=choices.l2_scope,
         seed=seed,
         name=kind,
         **settings,
     )
-    model.compile(optimizer=keras.optimizers.Adam(rate), loss="binary_crossentropy")
+    optimizer = keras.optimizers.Adam if choices.optimizer == "Adam" else optimizers.LazyAdam
+    model.compile(optimizer=optimizer(rate), loss="binary_crossentropy")
     return model
 
 
@@ -95,12 +99,13 @@ class Progress(keras.callbacks.Callback):
         )
 
 
-def train(features, parts, kind, seed):
+def train(features, parts, kind, seed, choices):
     """(test AUC, test logloss, curve) after early stopping on the validation part."""
     keras.utils.set_random_seed(seed)
-    model = build(features, kind, seed)
+    model = build(features, kind, seed, choices)
     progress = Progress(parts["validation"])
     stop = keras.callbacks.EarlyStopping("val_loss", patience=3, restore_best_weights=True)
+    checkpoints = [Checkpoint(choices.checkpoints / f"{kind}-{seed}")] if choices.checkpoints else []
     model.fit(
         *parts["train"],
         validation_data=parts["validation"],
@@ -108,7 +113,7 @@ def train(features, parts, kind, seed):
         validation_batch_size=8192,
         epochs=60,
         verbose=0,
-        callbacks=[progress, stop],
+        callbacks=[progress, stop, *checkpoints],
     )
     inputs, labels = parts["test"]
     scores = model.predict(inputs, batch_size=8192, verbose=0).ravel()
@@ -167,6 +172,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="train every model this many times")
     parser.add_argument("--data", help="folder with MovieLens-100k; default: the user's cache, or a download")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--optimizer", choices=["Adam", "LazyAdam"], default="Adam")
+    parser.add_argument("--l2-scope", choices=["table", "batch"], default="table", help="what the penalties act on")
+    parser.add_argument("--l2", type=float, help="strength on the embeddings; default: chosen on the validation part")
+    parser.add_argument("--checkpoints", type=pathlib.Path, help="save every epoch here, and resume from here")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("demo-output"))
     arguments = parser.parse_args()
 
@@ -174,11 +184,11 @@ def main():
     features, parts = prepare(arguments.data)
     sizes = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in parts.items())
     print(f"{sizes} ratings; {features.num_features:,} features in {features.num_fields} fields")
-    results, curves = {kind: [] for kind in MODELS}, {}
+    results, curves = {kind: [] for kind in arguments.models}, {}
     for seed in range(arguments.seeds):
-        for kind in MODELS:
+        for kind in arguments.models:
             print(f"{kind}, seed {seed}")
-            test_auc, test_logloss, curve = train(features, parts, kind, seed)
+            test_auc, test_logloss, curve = train(features, parts, kind, seed, arguments)
             results[kind].append((test_auc, test_logloss))
             curves.setdefault(kind, curve)
 

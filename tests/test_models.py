@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from testing import dense_samples, oracle, run_python
+from testing import REFERENCE_MODE, dense_samples, oracle, run_python
 
 import deepfm_ops
 from deepfm_ops import DeepFM
@@ -172,6 +172,8 @@ def test_the_gradient_of_the_model_is_sparse(data):
         ({"embedding_dim": 0}, "embedding_dim must be an integer of at least 1, got 0"),
         ({"num_fields": 0}, "num_fields must be an integer of at least 1"),
         ({"num_features": 3.7}, "num_features must be an integer of at least 1, got 3.7"),
+        ({"l2_scope": "rows"}, "l2_scope must be one of batch, table, got 'rows'"),
+        ({"l2_embedding": -1.0}, "l2 must be a number of at least 0, got -1.0"),
         ({"hidden_units": (4, 0)}, "a hidden width must be an integer of at least 1, got 0"),
     ],
 )
@@ -233,3 +235,39 @@ def test_public_names():
     assert (
         run_python("import sys, deepfm_ops, deepfm_ops.features; print('tensorflow' in sys.modules)").strip() == "False"
     )
+
+
+def test_one_op_looks_everything_up():
+    if REFERENCE_MODE:
+        return
+    model = small()
+    function = tf.function(lambda i, x: model((i, x))).get_concrete_function(
+        tf.TensorSpec((None, 5), tf.int64), tf.TensorSpec((None, 5), tf.float32)
+    )
+    names = [op.type for op in function.graph.get_operations()]
+    assert names.count("DeepfmOpsResourceFmInteraction") == 1 and "ResourceGather" not in names
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, keras.mixed_precision.LossScaleOptimizer], ids=["plain", "scaled"])
+@pytest.mark.parametrize("flags", [{}, {"use_fm": False, "use_deep": False}, {"use_fm": False}], ids=str)
+def test_penalty_on_the_batch_is_that_on_the_table_for_rows_in_it(flags, wrap):
+    """With every row in the batch the two are equal, whatever scales the loss; absent rows are left alone."""
+    indices = np.concatenate([np.arange(40), np.arange(40) // 5 * 5])[:, None].repeat(4, 1)
+    inputs, labels = (indices, np.ones((80, 4), "f")), np.random.default_rng(0).integers(0, 2, (80, 1)).astype("f")
+    results = []
+    for scope in ("batch", "table"):
+        keras.utils.set_random_seed(0)
+        model = DeepFM(
+            40, 4, embedding_dim=8, hidden_units=(6,), seed=1, l2_embedding=0.3, l2_linear=0.2, l2_scope=scope, **flags
+        )
+        layer = model.get_layer("fm" if flags.get("use_deep", True) else "first_order")
+        layer.w.assign(np.random.default_rng(1).normal(size=(40, 1)))
+        model.compile(wrap(keras.optimizers.SGD(0.1)), "binary_crossentropy")
+        for _ in range(3):
+            model.train_on_batch(inputs, labels)
+        before = layer.weights[0].numpy()
+        model.train_on_batch(tuple(x[:10] for x in inputs), labels[:10])  # rows 10 and up are absent
+        assert (layer.weights[0].numpy()[10:] == before[10:]).all() == (scope == "batch")
+        results.append([before, layer.w.numpy()[:10], layer.weights[0].numpy()[:10]])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)

@@ -1,0 +1,138 @@
+"""Measures training steps against vocabulary size: `python bench/train.py [--rows V ...] [--json FILE]`.
+
+A step: B=4096, F=39, K=16, first order, second order, MLP 3x400, values of one, uniform indices, float32. A side is a
+process of its own, those of peers in environments of their own (`make bench-peers`). Up to 10 million rows all sides
+are alive and take turns; above, one is alive at a time. In a turn a side does one step untimed and then timed ones.
+The loss must start at that of a coin and not rise. Figures are medians and quartiles; memory is the process's peak.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from common import machine, statistics
+
+HERE = pathlib.Path(__file__).parent
+B, F, K = 4096, 39, 16
+PYTHON = {
+    "train_ours": pathlib.Path(sys.executable),
+    **{f"train_{name}": HERE.parent / f".venv-{name}" / "bin" / "python" for name in ("torch", "deepctr", "xlearn")},
+}
+SIDES = {
+    "DeepFM, deepfm_ops LazyAdam": "train_ours",
+    "MLP alone": "train_ours",
+    "MLP alone, with its input's gradient": "train_ours",
+    "DeepFM, Keras 3 Adam": "train_ours",
+    "DeepFM, Keras 3 Adam, XLA": "train_ours",
+    "DeepFM, DeepCTR Adam": "train_deepctr",
+    "DeepFM, PyTorch Adam": "train_torch",
+    "DeepFM, PyTorch SparseAdam": "train_torch",
+    "FM, deepfm_ops RowWiseAdagrad": "train_ours",
+    "FM, FBGEMM row-wise Adagrad": "train_torch",
+    "FM and first order, deepfm_ops Adagrad": "train_ours",
+    "FM and first order, xLearn Adagrad": "train_xlearn",
+}
+
+
+def make_batches(rows, sets=6):
+    """(indices int64 [sets, B, F], labels float32 [sets, B, 1]): labels that a first order can learn."""
+    indices = np.random.default_rng(0).integers(0, rows // F * F, (sets, B, F))
+    hits = (indices % 7 == 3).sum(axis=2, keepdims=True)
+    return indices, (hits > np.median(hits)).astype(np.float32)
+
+
+class Side:
+    """One side's process."""
+
+    def __init__(self, side, rows):
+        module = SIDES[side]
+        command = [str(PYTHON[module]), str(HERE / "train_worker.py"), module, side, str(rows)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=HERE,
+            env={"USER": "bench", **os.environ},  # xLearn aborts without one
+        )
+        self.times, self.losses, self.memory, self.error = [], [], None, None
+
+    def turn(self, steps):
+        """Steps, unless the process has died; what it said, or that it died, is kept."""
+        if self.error:
+            return
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        reply = json.loads(line) if line else {"error": f"the process ended, status {self.process.wait()}"}
+        self.error = reply.get("error")
+        if not self.error:
+            self.times += reply["ms"]
+            self.losses += reply["losses"]
+            self.memory = reply["gigabytes"]
+
+    def finish(self):
+        self.process.stdin.close()
+        self.process.wait()
+        if self.error:
+            return {"error": self.error}
+        if self.losses:
+            first, last = self.losses[0], np.mean(self.losses[-3:])
+            if not (0.4 < first < 1.2 and last < first + 0.005):
+                return {"error": f"the loss went from {first:.3f} to {last:.3f}"}
+        return {"ms": statistics(self.times), "gigabytes": self.memory, "losses": [*self.losses[:1], *self.losses[-1:]]}
+
+
+def measure(rows, names, rounds, steps):
+    """{side: {"ms": [median, quartiles], "gigabytes", "losses"} or {"error"}}."""
+    together = rows <= 10_000_000
+    if together:
+        sides = {name: Side(name, rows) for name in names}
+        for _ in range(rounds):
+            for side in sides.values():
+                side.turn(steps)
+        return {name: side.finish() for name, side in sides.items()}
+    found = {}
+    for name in names:
+        side = Side(name, rows)
+        for _ in range(rounds):
+            side.turn(steps)
+        found[name] = side.finish()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=float, nargs="+", default=[1e5, 1e6, 1e7, 3e7])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a side per turn")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "train.json")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.sides if PYTHON[SIDES[name]].exists()]
+    report = {"machine": machine(), "command": "python " + " ".join(sys.argv), "rows": []}
+    print(report["machine"])
+    for rows in map(int, arguments.rows):
+        found = measure(rows, names, arguments.rounds, arguments.steps)
+        print(f"\nV={rows:,}")
+        for name, result in found.items():
+            if "error" in result:
+                print(f"  {name:40s} {result['error']}")
+                continue
+            median, low, high = result["ms"]
+            memory, losses = result["gigabytes"], ", ".join(f"{loss:.3f}" for loss in result["losses"])
+            print(f"  {name:40s} {median:9.1f} ms [{low:.1f}, {high:.1f}] {memory:6.2f} GB  loss {losses}", flush=True)
+        report["rows"].append({"rows": rows, "sides": found})
+        arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

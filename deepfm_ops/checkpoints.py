@@ -1,0 +1,79 @@
+"""Checkpoints that a crash cannot spoil."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import keras
+
+WEIGHTS, STATE = "model.weights.h5", "state.json"
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Saves weights, optimizer and epoch at the end of an epoch, and resumes from there when `fit` is called again.
+
+    A checkpoint is a folder, written under another name and renamed when all of it is on the disk: a process that is
+    killed at any moment leaves whole checkpoints only. The newest is kept. (`keras.callbacks.BackupAndRestore`
+    overwrites its files in place.)
+
+    Args:
+        folder: where the checkpoints are; one model's only.
+        every: epochs between checkpoints.
+
+    Attributes:
+        epoch: epochs that were done when training began or resumed.
+
+    Raises:
+        ValueError: when training begins, if the checkpoint is that of another model.
+
+    Example:
+        >>> model.fit(x, y, epochs=20, callbacks=[Checkpoint("checkpoints")])
+
+    """
+
+    def __init__(self, folder, every=1):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.folder, self.every, self.epoch = pathlib.Path(folder), every, 0
+
+    def _whole(self):
+        """The checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("epoch-*") if path.is_dir())
+
+    def on_train_begin(self, logs=None):
+        shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+        checkpoints = self._whole()
+        if not checkpoints:
+            return
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        self.model.load_weights(checkpoints[-1] / WEIGHTS)
+        self.epoch = json.loads((checkpoints[-1] / STATE).read_text())["epoch"]
+        self.model._initial_epoch = self.epoch  # where Keras's own callback puts it
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every:
+            return
+        unfinished, before = self.folder / "unfinished", self._whole()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        self.model.save_weights(unfinished / WEIGHTS)
+        (unfinished / STATE).write_text(json.dumps({"epoch": epoch + 1}))
+        for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
+            _to_disk(path)
+        os.replace(unfinished, self.folder / f"epoch-{epoch + 1:08d}")
+        _to_disk(self.folder)
+        for path in before:
+            # Renamed first: what is half removed must not look like a checkpoint.
+            os.replace(path, unfinished)
+            shutil.rmtree(unfinished)
+
+
+def _to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
