@@ -3,14 +3,15 @@
 # make demo    set up, then train DeepFM on MovieLens-100k
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
-# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR for it
+# make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
+# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
 SERIES := $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"])')
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup test demo bench bench-full bench-peers sanitize lint format clean
+.PHONY: setup test demo bench bench-full bench-train bench-peers sanitize lint format clean
 
 setup: .venv/installed
 
@@ -39,6 +40,10 @@ bench: setup
 	$(BIN)/python bench/op.py
 	$(BIN)/python bench/report.py
 
+bench-train: setup
+	$(BIN)/python bench/train.py
+	$(BIN)/python bench/report.py
+
 bench-full: setup
 	$(BIN)/python bench/op.py --full --json bench/results/op-full.json
 
@@ -49,6 +54,9 @@ bench-peers:
 	$(PYTHON) -m venv .venv-deepctr
 	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 "tf-keras==$(SERIES).*"
 	.venv-deepctr/bin/python -m pip install --quiet "tensorflow-cpu==$(SERIES).*" h5py requests pandas scikit-learn setuptools
+	$(PYTHON) -m venv .venv-xlearn
+	.venv-xlearn/bin/python -m pip install --quiet setuptools wheel numpy scipy pandas scikit-learn
+	USER=bench .venv-xlearn/bin/python -m pip install --quiet --no-build-isolation xlearn==0.40a1
 
 # The kernels under sanitizers, in a program without Python and TensorFlow.
 CASES ?= 50000

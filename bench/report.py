@@ -1,9 +1,10 @@
-"""Writes bench/RESULTS.md and its pictures from what bench/op.py and bench/kernels.py measured."""
+"""Writes bench/RESULTS.md and its pictures from what bench/op.py, kernels.py and train.py measured."""
 
 import json
 import pathlib
 
 import matplotlib
+import report_train
 from common import Case
 
 matplotlib.use("Agg")
@@ -179,7 +180,7 @@ def main():
     lines = [
         "# Results",
         "",
-        "Written by `make bench`; change nothing here by hand.",
+        "Written by `make bench` and `make bench-train`; change nothing here by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
         "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
@@ -207,8 +208,10 @@ def main():
         "",
         "## Every case",
         *report.case_tables(),
-        "",
     ]
+    if (RESULTS / "train.json").exists():
+        lines += report_train.lines(json.loads((RESULTS / "train.json").read_text()), RESULTS)
+    lines.append("")
     (HERE / "RESULTS.md").write_text("\n".join(lines))
     print("\n".join(report.target_table()))
 
