@@ -1,8 +1,9 @@
 """Measures training steps against vocabulary size: `python bench/train.py [--rows V ...] [--json FILE]`.
 
 A step: B=4096, F=39, K=16, first order, second order, MLP 3x400, values of one, uniform indices, float32. A side is a
-process of its own, those of peers in environments of their own (`make bench-peers`). Up to 10 million rows all sides
-are alive and take turns; above, one is alive at a time. In a turn a side does one step untimed and then timed ones.
+process of its own, those of peers in environments of their own (`make bench-peers`). Up to a million rows all sides
+take turns; above, those that hold several whole tables run one after the other, after the others. In a turn a side does
+one step untimed and then timed ones.
 The loss must start at that of a coin and not rise. Figures are medians and quartiles; memory is the process's peak.
 """
 
@@ -36,6 +37,8 @@ SIDES = {
     "FM and first order, deepfm_ops Adagrad": "train_ours",
     "FM and first order, xLearn Adagrad": "train_xlearn",
 }
+# They write whole tables, and hold several: not all of them fit into memory at once.
+HEAVY = [name for name in SIDES if name.startswith("DeepFM, ") and name != "DeepFM, deepfm_ops LazyAdam"]
 
 
 def make_batches(rows, sets=6):
@@ -80,10 +83,12 @@ class Side:
             self.memory = reply["gigabytes"]
 
     def finish(self):
+        if self.error:
+            self.process.kill()
+            self.process.wait()
+            return {"error": self.error}
         self.process.stdin.close()
         self.process.wait()
-        if self.error:
-            return {"error": self.error}
         if self.losses:
             first, last = self.losses[0], np.mean(self.losses[-3:])
             if not (0.4 < first < 1.2 and last < first + 0.005):
@@ -93,20 +98,17 @@ class Side:
 
 def measure(rows, names, rounds, steps):
     """{side: {"ms": [median, quartiles], "gigabytes", "losses"} or {"error"}}."""
-    together = rows <= 10_000_000
-    if together:
-        sides = {name: Side(name, rows) for name in names}
+    groups = [names]
+    if rows > 10**6:
+        groups = [[name for name in names if name not in HEAVY], *([name] for name in names if name in HEAVY)]
+    found = {}
+    for group in groups:
+        sides = {name: Side(name, rows) for name in group}
         for _ in range(rounds):
             for side in sides.values():
                 side.turn(steps)
-        return {name: side.finish() for name, side in sides.items()}
-    found = {}
-    for name in names:
-        side = Side(name, rows)
-        for _ in range(rounds):
-            side.turn(steps)
-        found[name] = side.finish()
-    return found
+        found |= {name: side.finish() for name, side in sides.items()}
+    return {name: found[name] for name in names}
 
 
 def main():
@@ -115,13 +117,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a side per turn")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--append", action="store_true", help="keep the other numbers of rows in the JSON file")
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "train.json")
     arguments = parser.parse_args()
     names = [name for name in arguments.sides if PYTHON[SIDES[name]].exists()]
     report = {"machine": machine(), "command": "python " + " ".join(sys.argv), "rows": []}
+    if arguments.append:
+        before = json.loads(arguments.json.read_text())
+        report["command"] = f"{before['command']}; {report['command']}"
+        report["rows"] = [row for row in before["rows"] if row["rows"] not in map(int, arguments.rows)]
     print(report["machine"])
     for rows in map(int, arguments.rows):
-        found = measure(rows, names, arguments.rounds, arguments.steps)
+        # xLearn writes its model as a file at the end of every run, which at more rows takes minutes.
+        here = [name for name in names if rows <= 10**6 or SIDES[name] != "train_xlearn"]
+        found = measure(rows, here, arguments.rounds, arguments.steps)
         print(f"\nV={rows:,}")
         for name, result in found.items():
             if "error" in result:

@@ -95,7 +95,7 @@ OURS = {
 }
 
 
-@pytest.fixture(params=["native", "plain"])
+@pytest.fixture(params=["plain"] if REFERENCE_MODE else ["native", "plain"])
 def update(request, monkeypatch):
     """The rows' update by the native op and in plain TensorFlow."""
     if request.param == "plain":
