@@ -45,7 +45,9 @@ def draw(rows, path):
     for side in [name for name in next(iter(rows.values())) if name.startswith(("DeepFM", "MLP"))]:
         points = [(at, _median(found, side)) for at, found in sorted(rows.items()) if _median(found, side)]
         if points:
-            axis.plot(*zip(*points, strict=True), marker="o", label=side, linestyle=":" if side.startswith("MLP") else "-")
+            axis.plot(
+                *zip(*points, strict=True), marker="o", label=side, linestyle=":" if side.startswith("MLP") else "-"
+            )
     axis.set(xscale="log", yscale="log", xlabel="rows of the table", ylabel="ms per step of 4096 samples")
     axis.set_title("A training step over the size of the vocabulary")
     axis.legend(fontsize=8)

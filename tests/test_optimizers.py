@@ -398,3 +398,13 @@ def test_same_bits_for_one_and_two_threads_and_run_to_run():
         return
     digests = {run_python(DETERMINISM.format(threads=threads)) for threads in (1, 2, 2)}
     assert len(digests) == 1
+
+
+def test_same_bits_run_to_run_with_the_deep_part():
+    """On a given number of threads: TensorFlow's dense layers give other bits on another number."""
+    if REFERENCE_MODE:
+        return
+    code = DETERMINISM.replace("hidden_units=(), use_deep=False", "hidden_units=(32,)").replace(
+        "range(200)", "range(50)"
+    )
+    assert len({run_python(code.format(threads=2)) for _ in range(2)}) == 1
