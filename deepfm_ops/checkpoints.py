@@ -25,7 +25,8 @@ class Checkpoint(keras.callbacks.Callback):
         epoch: epochs that were done when training began or resumed.
 
     Raises:
-        ValueError: when training begins, if the checkpoint is that of another model.
+        ValueError: when training begins: a model that is not built (give it an Input, or call `build`); a
+            checkpoint of another model or of another kind of optimizer.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[Checkpoint("checkpoints")])
@@ -43,15 +44,27 @@ class Checkpoint(keras.callbacks.Callback):
         return sorted(path for path in self.folder.glob("epoch-*") if path.is_dir())
 
     def on_train_begin(self, logs=None):
+        if not self.model.built:
+            raise ValueError(f"{self.model.name} is not built, so a checkpoint could not be loaded into it")
         shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
+        self.epoch, self.model._initial_epoch = 0, None
         checkpoints = self._whole()
         if not checkpoints:
             return
+        state = json.loads((checkpoints[-1] / STATE).read_text())
+        if state["optimizer"] != self._optimizer():
+            raise ValueError(f"{checkpoints[-1]} was written with {state['optimizer']}, not {self._optimizer()}")
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         self.model.load_weights(checkpoints[-1] / WEIGHTS)
-        self.epoch = json.loads((checkpoints[-1] / STATE).read_text())["epoch"]
+        self.epoch = state["epoch"]
         self.model._initial_epoch = self.epoch  # where Keras's own callback puts it
+
+    def on_train_end(self, logs=None):
+        self.model._initial_epoch = None
+
+    def _optimizer(self):
+        return type(self.model.optimizer).__name__
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every:
@@ -60,7 +73,7 @@ class Checkpoint(keras.callbacks.Callback):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         self.model.save_weights(unfinished / WEIGHTS)
-        (unfinished / STATE).write_text(json.dumps({"epoch": epoch + 1}))
+        (unfinished / STATE).write_text(json.dumps({"epoch": epoch + 1, "optimizer": self._optimizer()}))
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
             _to_disk(path)
         os.replace(unfinished, self.folder / f"epoch-{epoch + 1:08d}")

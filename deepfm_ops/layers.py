@@ -174,7 +174,7 @@ class FMInteraction(_SparseLayer):
             whole table, so that its gradient is dense.
         linear_initializer, linear_regularizer: of w [V, 1].
         linear_apart: return the first order by itself, [B, 1], after the interaction, instead of adding it.
-        l2, l2_linear: strengths of a penalty, l2 * sum of row^2 over the rows that a batch uses, each once. It
+        l2, l2_linear: strengths of a penalty, l2 * sum of row^2 over the rows that a call uses, each once. It
             is among the layer's `losses` and leaves the gradient sparse; its value there is zero, only its
             gradient is that of the penalty.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are

@@ -7,6 +7,7 @@ fetched and written once, no other row is touched. A dense gradient is updated a
 With sparse gradients, and as against Keras's optimizers:
 
 * clipping sees equal indices added up, so that the norm is that of the gradient;
+* XLA cannot compile the native op: `compile(..., jit_compile=False)` for a model without a layer of this package;
 * weight decay acts on the rows of the batch;
 * `gradient_accumulation_steps` and `use_ema` keep a second whole table, which is rewritten at every step.
 """
@@ -26,7 +27,8 @@ def _native(variable):
 
 
 def _added_up(slices):
-    """The slices with equal indices added up; ascending."""
+    """The slices with equal indices added up, in the dtype that sums are kept in; ascending."""
+    slices = _map(lambda g: tf.cast(g, _inputs.accumulation_dtype(g.dtype)), slices)
     indices = slices.indices
 
     def add():
@@ -112,7 +114,10 @@ class _Sparse:
     def _update_rows(self, gradient, value, slots, hyper):
         gradient = _added_up(gradient)
         indices, dtype = gradient.indices, hyper[0].dtype
-        p, *rows = [tf.cast(tf.gather(variable, indices), dtype) for variable in (value, *slots)]
+        p, *rows = [
+            tf.ensure_shape(tf.cast(tf.gather(variable, indices), dtype), [None, *variable.shape[1:]])
+            for variable in (value, *slots)
+        ]
         p, rows = self._row_step(tf.cast(gradient.values, dtype), p - p * hyper[0], rows, hyper[1:])
         for variable, new in zip((value, *slots), (p, *rows), strict=True):
             variable.scatter_update(tf.IndexedSlices(tf.cast(new, variable.dtype), indices))
@@ -208,6 +213,8 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
         super().__init__(learning_rate=learning_rate, **kwargs)
         if initial_accumulator_value < 0:
             raise ValueError(f"initial_accumulator_value must be at least 0, got {initial_accumulator_value}")
+        if epsilon <= 0:
+            raise ValueError(f"epsilon must be above 0, got {epsilon}")
         self.initial_accumulator_value = initial_accumulator_value
         self.epsilon = epsilon
 
@@ -224,11 +231,12 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
         if isinstance(gradient, tf.IndexedSlices):
             return super().update_step(gradient, variable, learning_rate)
         (slot,) = self._slots(variable)
-        hyper = [tf.cast(x, variable.dtype) for x in self._hyper(learning_rate, variable.dtype)]
-        g = tf.cast(gradient, variable.dtype)
-        p, (s,) = self._row_step(g, tf.convert_to_tensor(variable), [tf.convert_to_tensor(slot)], hyper)
-        slot.assign(s)
-        variable.assign(p)
+        dtype = _inputs.accumulation_dtype(tf.as_dtype(variable.dtype))
+        hyper = [tf.cast(x, dtype) for x in self._hyper(learning_rate, dtype)]
+        g, p, s = (tf.cast(tf.convert_to_tensor(x), dtype) for x in (gradient, variable, slot))
+        p, (s,) = self._row_step(g, p, [s], hyper)
+        self.assign(slot, s)
+        self.assign(variable, p)
 
     def _slots(self, variable):
         return [self._accumulators[self._get_variable_index(variable)]]
@@ -238,7 +246,7 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
 
     def _row_step(self, g, p, slots, hyper):
         rate, epsilon = hyper
-        axes = list(range(1, g.shape.rank))
+        axes = list(range(1, p.shape.rank))
         s = slots[0] + tf.reduce_mean(tf.square(g), axis=axes)
         scale = rate / (tf.sqrt(s) + epsilon)
         return p - g * scale[(..., *[tf.newaxis] * len(axes))], [s]

@@ -45,6 +45,10 @@ def test_resumes_where_it_stopped(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+    assert len(second.fit(x, y, epochs=2, **options).epoch) == 2
+    with pytest.raises(ValueError, match="written with LazyAdam, not Ftrl"):
+        second.compile(optimizers.Ftrl(0.01), "binary_crossentropy")
+        second.fit(x, y, epochs=5, callbacks=[Checkpoint(tmp_path)], **options)
 
 
 def test_what_was_left_unfinished_is_ignored(tmp_path):

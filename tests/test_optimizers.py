@@ -239,6 +239,31 @@ def test_narrow_tables(name, dtype, rng):
     np.testing.assert_allclose(tf.cast(variable.value, tf.float32), wide, atol=0.08)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_sums_are_kept_wide(dtype, update):
+    """A thousand gradients of one row; rows without a gradient under a small epsilon."""
+    slices = tf.IndexedSlices(tf.ones((1000, 1), dtype), tf.zeros(1000, tf.int64), (2, 1))
+    for options in ({}, {"clipvalue": 1e6}):
+        variable = keras.Variable(np.zeros((2, 1)), dtype=dtype)
+        optimizers.SGD(1.0, **options).apply([slices], [variable])
+        np.testing.assert_array_equal(tf.cast(variable.value, tf.float32), [[-1000], [0]])
+    variable = keras.Variable(np.ones((2, 1)), dtype=dtype)
+    optimizers.RowWiseAdagrad(0.5).apply([tf.constant([[1.0], [0.0]], dtype)], [variable])
+    np.testing.assert_array_equal(tf.cast(variable.value, tf.float32), [[0.5], [1]])
+
+
+def test_values_of_unknown_rank(update):
+    variable, optimizer = keras.Variable(np.ones((4, 2), "f")), optimizers.RowWiseAdagrad(0.5)
+    optimizer.build([variable])
+
+    @tf.function(input_signature=[tf.TensorSpec(None), tf.TensorSpec(None, tf.int64)])
+    def step(values, indices):
+        optimizer.apply([tf.IndexedSlices(values, indices, (4, 2))], [variable])
+
+    step(tf.ones((1, 2)), tf.constant([2], tf.int64))
+    np.testing.assert_allclose(variable, [[1, 1], [1, 1], [0.5, 0.5], [1, 1]], rtol=1e-6)
+
+
 def test_empty_and_bad_gradients(update, rng):
     start = rng.normal(size=(6, 2)).astype("f")
     variable, optimizer = keras.Variable(start), optimizers.Adagrad(0.1)
@@ -252,6 +277,8 @@ def test_empty_and_bad_gradients(update, rng):
         optimizer.apply([tf.IndexedSlices(tf.ones((2, 3)), tf.constant([0, 1]), (6, 2))], [variable])
     with pytest.raises(ValueError, match="amsgrad"):
         optimizers.LazyAdam(amsgrad=True)
+    with pytest.raises(ValueError, match="epsilon must be above 0"):
+        optimizers.RowWiseAdagrad(epsilon=0.0)
 
 
 def test_native_op_validates():
@@ -271,6 +298,7 @@ def test_native_op_validates():
         ({"gradient": tf.ones((2, 2), tf.float64), "hyper": tf.zeros(3, tf.float64)}, "table holds float"),
         ({"hyper": tf.zeros(2)}, "hyper must have shape"),
         ({"slots": []}, "adagrad has 1 slots, got 0"),
+        ({"hyper": tf.zeros(3, tf.float64)}, "Tacc must be float for a table of float, got double"),
         ({"slots": [table.handle]}, "must be different variables"),
         ({"slots": [tf.Variable(tf.ones((4, 3))).handle]}, "a slot must have 8 elements"),
         ({"table": uninitialized}, "not there|not exist"),

@@ -141,10 +141,7 @@ class FmKernel : public Kernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output", &output));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits_));
     output_ = output == "sum" ? Output::kSum : output == "scalar" ? Output::kScalar : Output::kVector;
-    const DataType want = dtype_ == tensorflow::DT_DOUBLE ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
-    OP_REQUIRES(ctx, acc_dtype_ == want,
-                InvalidArgument("Tacc must be ", tensorflow::DataTypeString(want), " for a table of ",
-                                tensorflow::DataTypeString(dtype_), ", got ", tensorflow::DataTypeString(acc_dtype_)));
+    OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
     for (size_t i = 0; i < field_splits_.size(); ++i) {
       OP_REQUIRES(ctx, i == 0 ? field_splits_[0] == 0 : field_splits_[i] >= field_splits_[i - 1],
                   InvalidArgument("field_splits must start at 0 and not decrease, got field_splits[", i,

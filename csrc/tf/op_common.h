@@ -156,6 +156,16 @@ inline Status Allocate(OpKernelContext* ctx, int output, const Sizes& sizes, Ten
   return absl::OkStatus();
 }
 
+// Checks that the op sums in the dtype that goes with the table's.
+inline Status RequireAcc(OpKernelConstruction* ctx, DataType dtype) {
+  DataType acc;
+  TF_RETURN_IF_ERROR(ctx->GetAttr("Tacc", &acc));
+  const DataType want = dtype == tensorflow::DT_DOUBLE ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+  if (acc == want) return absl::OkStatus();
+  return InvalidArgument("Tacc must be ", tensorflow::DataTypeString(want), " for a table of ",
+                         tensorflow::DataTypeString(dtype), ", got ", tensorflow::DataTypeString(acc));
+}
+
 // An op whose working memory may be more than there is.
 class Kernel : public OpKernel {
  public:

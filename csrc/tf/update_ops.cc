@@ -36,6 +36,7 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("rule", &rule));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_slots", &num_slots_));
+    OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
     rule_ = static_cast<Rule>(std::find(names, names + 5, rule) - names);
     OP_REQUIRES(ctx, num_slots_ == ShapeOf(rule_).slots,
                 InvalidArgument(rule, " has ", ShapeOf(rule_).slots, " slots, got ", num_slots_));
