@@ -83,14 +83,13 @@ def interaction(
         backend: "auto", "native" or "reference".
 
     """
-    native = _library.native_ops(backend)
-    is_variable = isinstance(table, resource_variable_ops.BaseResourceVariable)
-    if native is None or (isinstance(table, tf.Variable) and (not is_variable or _on_gpu(table))):
+    native = native_for(table, backend)
+    if native is None:
         result, embeddings, linear, penalty = reference.interaction(
             table, pairs, output, field_splits, weights, l2, l2_linear
         )
         return result, embeddings if return_embeddings else None, linear, penalty
-    if is_variable:
+    if isinstance(table, tf.Variable):
         # The handle, never the value: reading the value of a sparsely updated variable copies the table.
         # A tape watches variables that report an access.
         tables = [table] if weights is None else [table, weights]
@@ -118,6 +117,15 @@ def interaction(
     )
     linear, penalty = None if weights is None else linear, penalty if l2 or l2_linear else None
     return result, embeddings if return_embeddings else None, linear, penalty
+
+
+def native_for(table, backend="auto"):
+    """The native ops for this table, or None: some variables have no handle, and on a GPU there is no kernel."""
+    native = _library.native_ops(backend)
+    if isinstance(table, tf.Variable):
+        usable = isinstance(table, resource_variable_ops.BaseResourceVariable) and not _on_gpu(table)
+        return native if usable else None
+    return native
 
 
 def _on_gpu(variable):

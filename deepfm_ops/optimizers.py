@@ -14,16 +14,8 @@ With sparse gradients, and as against Keras's optimizers:
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import resource_variable_ops
 
-from deepfm_ops import _inputs, _library
-
-
-def _native(variable):
-    """The native ops, if they can update this variable."""
-    native = _library.native_ops("auto")
-    usable = isinstance(variable, resource_variable_ops.BaseResourceVariable) and variable.dtype in _inputs.TABLE_DTYPES
-    return native if usable and "GPU" not in (variable.device or "").upper() else None
+from deepfm_ops import _inputs, ops
 
 
 def _added_up(slices):
@@ -44,21 +36,21 @@ def _added_up(slices):
 
 
 class _Sparse:
-    """What the optimizers share; goes before a class of Keras's."""
+    """What the optimizers share; goes before a class of Keras's.
 
-    _rule = None  # the native op's name for it
+    A class below has, each in the native op's order:
+        _rule: the native op's name for its update.
+        _slot_lists: the names of the attributes that hold its slots, a list over the variables each.
+        _hyper(rate): the numbers of the rule; the rate is a scalar of the dtype that sums are kept in.
+        _row_step(g, p, slots, hyper): (new rows, new slots) in plain TensorFlow, the fallback and the oracle.
+    """
+
+    _slot_lists = ()
+    _moves_absent_rows = False  # then a sparse gradient is made dense
 
     def _slots(self, variable):
-        """The variable's slots, keras.Variables, in the native op's order."""
-        raise NotImplementedError
-
-    def _hyper(self, learning_rate, dtype):
-        """The numbers of the rule, scalars of `dtype`, in the native op's order."""
-        raise NotImplementedError
-
-    def _row_step(self, g, p, slots, hyper):
-        """(new rows, new slots) in plain TensorFlow: the fallback, and the native op's oracle."""
-        raise NotImplementedError
+        index = self._get_variable_index(variable)
+        return [getattr(self, name)[index] for name in self._slot_lists]
 
     def apply(self, grads, trainable_variables=None):
         if self.loss_scale_factor is not None:  # Keras would divide, which slices cannot
@@ -71,7 +63,7 @@ class _Sparse:
         return super().apply(grads, trainable_variables)
 
     def _backend_apply_gradients(self, grads, trainable_variables):
-        if self.gradient_accumulation_steps:
+        if self.gradient_accumulation_steps or self._moves_absent_rows:
             grads = [tf.convert_to_tensor(g) for g in grads]
         sparse = (v for g, v in zip(grads, trainable_variables, strict=True) if isinstance(g, tf.IndexedSlices))
         self._sparse_keys = {self._var_key(v) for v in sparse}
@@ -95,10 +87,10 @@ class _Sparse:
         dtype = _inputs.accumulation_dtype(value.dtype)
         rate = tf.cast(learning_rate, dtype)
         decay = rate * self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
-        hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate, dtype))]
+        hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate))]
         slots = [slot.value for slot in self._slots(variable)]
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
-        native = _native(value)
+        native = ops.native_for(value) if value.dtype in _inputs.TABLE_DTYPES else None
         if native is None:
             self._update_rows(gradient, value, slots, hyper)
             return
@@ -140,22 +132,11 @@ class SGD(_Sparse, keras.optimizers.SGD):
 
     _rule = "sgd"
 
-    def update_step(self, gradient, variable, learning_rate):
-        if self.momentum and isinstance(gradient, tf.IndexedSlices):
-            self._sparse_decay(variable, learning_rate)
-            gradient = tf.convert_to_tensor(gradient)
-        return super().update_step(gradient, variable, learning_rate)
+    @property
+    def _moves_absent_rows(self):
+        return self.momentum != 0
 
-    def _sparse_decay(self, variable, learning_rate):
-        """The weight decay that was left to a sparse update, on the whole variable as Keras does it."""
-        if self.weight_decay and self._use_weight_decay(variable):
-            rate = tf.cast(learning_rate, variable.dtype) * tf.cast(self.weight_decay, variable.dtype)
-            variable.assign_sub(variable * rate)
-
-    def _slots(self, variable):
-        return []
-
-    def _hyper(self, rate, dtype):
+    def _hyper(self, rate):
         return [rate]
 
     def _row_step(self, g, p, slots, hyper):
@@ -174,11 +155,9 @@ class Adagrad(_Sparse, keras.optimizers.Adagrad):
     """
 
     _rule = "adagrad"
+    _slot_lists = ("_accumulators",)
 
-    def _slots(self, variable):
-        return [self._accumulators[self._get_variable_index(variable)]]
-
-    def _hyper(self, rate, dtype):
+    def _hyper(self, rate):
         return [rate, self.epsilon]
 
     def _row_step(self, g, p, slots, hyper):
@@ -208,6 +187,7 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
     """
 
     _rule = "row_wise_adagrad"
+    _slot_lists = ("_accumulators",)
 
     def __init__(self, learning_rate=0.001, initial_accumulator_value=0.0, epsilon=1e-8, **kwargs):
         super().__init__(learning_rate=learning_rate, **kwargs)
@@ -232,16 +212,13 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
             return super().update_step(gradient, variable, learning_rate)
         (slot,) = self._slots(variable)
         dtype = _inputs.accumulation_dtype(tf.as_dtype(variable.dtype))
-        hyper = [tf.cast(x, dtype) for x in self._hyper(learning_rate, dtype)]
+        hyper = [tf.cast(x, dtype) for x in self._hyper(learning_rate)]
         g, p, s = (tf.cast(tf.convert_to_tensor(x), dtype) for x in (gradient, variable, slot))
         p, (s,) = self._row_step(g, p, [s], hyper)
         self.assign(slot, s)
         self.assign(variable, p)
 
-    def _slots(self, variable):
-        return [self._accumulators[self._get_variable_index(variable)]]
-
-    def _hyper(self, rate, dtype):
+    def _hyper(self, rate):
         return [rate, self.epsilon]
 
     def _row_step(self, g, p, slots, hyper):
@@ -279,21 +256,17 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
     """
 
     _rule = "lazy_adam"
+    _slot_lists = ("_momentums", "_velocities")
 
     def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, amsgrad=False, **kwargs):
         if amsgrad:
             raise ValueError("amsgrad is not supported: the largest second moment of an absent row is not kept")
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
 
-    def _slots(self, variable):
-        index = self._get_variable_index(variable)
-        return [self._momentums[index], self._velocities[index]]
-
-    def _hyper(self, rate, dtype):
-        step = tf.cast(self.iterations + 1, dtype)
-        correction = tf.sqrt(1 - tf.pow(tf.cast(self.beta_2, dtype), step)) / (
-            1 - tf.pow(tf.cast(self.beta_1, dtype), step)
-        )
+    def _hyper(self, rate):
+        step = tf.cast(self.iterations + 1, rate.dtype)
+        beta_1, beta_2 = tf.cast(self.beta_1, rate.dtype), tf.cast(self.beta_2, rate.dtype)
+        correction = tf.sqrt(1 - tf.pow(beta_2, step)) / (1 - tf.pow(beta_1, step))
         return [rate * correction, 1 - self.beta_1, 1 - self.beta_2, self.epsilon]
 
     def _row_step(self, g, p, slots, hyper):
@@ -318,12 +291,9 @@ class Ftrl(_Sparse, keras.optimizers.Ftrl):
     """
 
     _rule = "ftrl"
+    _slot_lists = ("_accumulators", "_linears")
 
-    def _slots(self, variable):
-        index = self._get_variable_index(variable)
-        return [self._accumulators[index], self._linears[index]]
-
-    def _hyper(self, rate, dtype):
+    def _hyper(self, rate):
         return [
             rate,
             self.learning_rate_power,

@@ -7,7 +7,7 @@ import tensorflow as tf
 from testing import REFERENCE_MODE, dense_samples, oracle, run_python
 
 import deepfm_ops
-from deepfm_ops import DeepFM
+from deepfm_ops import DeepFM, optimizers
 
 
 @pytest.fixture
@@ -240,12 +240,19 @@ def test_public_names():
 def test_one_op_looks_everything_up():
     if REFERENCE_MODE:
         return
-    model = small()
-    function = tf.function(lambda i, x: model((i, x))).get_concrete_function(
-        tf.TensorSpec((None, 5), tf.int64), tf.TensorSpec((None, 5), tf.float32)
-    )
-    names = [op.type for op in function.graph.get_operations()]
-    assert names.count("DeepfmOpsResourceFmInteraction") == 1 and "ResourceGather" not in names
+    model, optimizer = small(l2_embedding=1e-3), optimizers.LazyAdam(0.1)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 5), tf.int64), tf.TensorSpec((None, 5), tf.float32)])
+    def step(indices, values):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model((indices, values)))
+        variables = [w.value for w in model.trainable_weights]
+        optimizer.apply(tape.gradient(loss, variables), model.trainable_weights)
+
+    names = [op.type for op in step.get_concrete_function().graph.get_operations()]
+    assert names.count("DeepfmOpsResourceFmInteraction") == names.count("DeepfmOpsResourceFmInteractionGrad") == 1
+    assert names.count("DeepfmOpsSparseUpdate") == 2 and "ResourceGather" not in names
 
 
 @pytest.mark.parametrize("wrap", [lambda o: o, keras.mixed_precision.LossScaleOptimizer], ids=["plain", "scaled"])

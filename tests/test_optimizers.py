@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from testing import REFERENCE_MODE, run_python
 
-from deepfm_ops import DeepFM, FMInteraction, optimizers
+from deepfm_ops import DeepFM, FMInteraction, ops, optimizers
 
 OPTIMIZERS = {
     "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
@@ -99,7 +99,7 @@ OURS = {
 def update(request, monkeypatch):
     """The rows' update by the native op and in plain TensorFlow."""
     if request.param == "plain":
-        monkeypatch.setattr(optimizers, "_native", lambda variable: None)
+        monkeypatch.setattr(ops, "native_for", lambda table, backend="auto": None)
     return request.param
 
 

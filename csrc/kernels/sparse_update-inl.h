@@ -1,6 +1,6 @@
 // The body of the row updates. Included by fm_cpu-inl.h, in the namespace of one instruction set.
 
-// Sets `row` to the sum of the gradients of group u, lanes [c, c + tail).
+// The sum of the gradients of group u, columns [c, c + tail).
 template <bool kPartial, typename T>
 static inline VecOf<T> GroupSum(const UpdateArgs& a, const int64_t* starts, const PairPositions& positions, int64_t u,
                                 int64_t c, int tail) {
