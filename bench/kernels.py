@@ -24,7 +24,7 @@ def load(case):
     table, indices, values = make_data(case)
     if case.batch <= 16384:
         y, rows, gradient = expected(table, indices[0], values)
-        got, sums, _ = _kernels.fm_forward(table, indices[0], values)
+        got, sums, _, _ = _kernels.fm_forward(table, indices[0], values)
         np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
         unique, d_rows, _ = _kernels.fm_gradient(table, indices[0], values, sums, np.ones_like(got))
         np.testing.assert_array_equal(unique, rows)

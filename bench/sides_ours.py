@@ -44,7 +44,7 @@ def sides(case, table, indices, values):
         return _kernels.fm_forward(array, indices[n], values)[0]
 
     def kernels_gradient(n):
-        y, sums, _ = _kernels.fm_forward(array, indices[n], values)
+        y, sums, _, _ = _kernels.fm_forward(array, indices[n], values)
         return _kernels.fm_gradient(array, indices[n], values, sums, ones)[:2]
 
     unique = make(formula, unique=True)

@@ -39,7 +39,7 @@ def test_forward_and_gradient(dtype, index_dtype, rng):
         values, g = rng.normal(size=(7, 4)).astype(acc), rng.normal(size=(7, 1)).astype(acc)
         samples = dense_samples(indices, values)
         bound = tolerance(dtype, samples, table)
-        y, sums, embeddings = kernels.fm_forward(table, indices, values, return_embeddings=True)
+        y, sums, embeddings, _ = kernels.fm_forward(table, indices, values, return_embeddings=True)
         assert y.dtype == sums.dtype == embeddings.dtype == acc
         np.testing.assert_allclose(y, oracle(table, samples), atol=bound, rtol=0)
         expected = reference(table, indices, values.astype(float), g.astype(float))
@@ -56,15 +56,98 @@ def test_forward_and_gradient(dtype, index_dtype, rng):
 def test_ragged_and_fields(rng):
     table = rng.normal(size=(9, 5))
     indices, values, splits = rng.integers(0, 9, 8), rng.normal(size=8), np.array([0, 3, 3, 8])
-    y, _, _ = kernels.fm_forward(table, indices, values, row_splits=splits, output="vector")
+    y, _, _, _ = kernels.fm_forward(table, indices, values, row_splits=splits, output="vector")
     np.testing.assert_allclose(y, oracle(table, ragged_samples(indices, values, splits), "vector"), atol=1e-12)
     indices, values = rng.integers(0, 9, (2, 4)), rng.normal(size=(2, 4))
     samples = [[[(i[0], x[0])], [(i[p], x[p]) for p in (1, 2, 3)]] for i, x in zip(indices, values, strict=True)]
-    y, sums, e = kernels.fm_forward(table, indices, values, field_splits=[0, 1, 4], return_embeddings=True)
+    y, sums, e, _ = kernels.fm_forward(table, indices, values, field_splits=[0, 1, 4], return_embeddings=True)
     np.testing.assert_allclose(y, oracle(table, samples), atol=1e-12)
     with pytest.raises(ValueError, match="embeddings are needed with field_splits"):
         kernels.fm_gradient(table, indices, values, sums, y, field_splits=[0, 1, 4])
     assert kernels.fm_gradient(table, indices, values, sums, y, embeddings=e, field_splits=[0, 1, 4])[0].size > 0
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "uint16"])
+def test_first_order(dtype, rng):
+    """The weights of the pairs, in the same call; bfloat16 also as its bits."""
+    narrow = DTYPES.get(dtype, ml_dtypes.bfloat16)
+    acc = np.float64 if dtype == "float64" else np.float32
+    table, weights = rng.normal(size=(50, 6)).astype(narrow), rng.normal(size=(50, 1)).astype(narrow)
+    indices, values = rng.integers(0, 50, (7, 4)), rng.normal(size=(7, 4)).astype(acc)
+    given = (table.view(np.uint16), weights.view(np.uint16)) if dtype == "uint16" else (table, weights)
+    y, _, _, linear = kernels.fm_forward(given[0], indices, values, weights=given[1])
+    expected = (values * weights.astype(acc)[indices, 0]).sum(1, keepdims=True)
+    np.testing.assert_allclose(linear, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(y, kernels.fm_forward(table, indices, values)[0])
+    assert linear.dtype == acc and kernels.fm_forward(table, indices)[3] is None
+
+
+def int8_table(rng, rows, dim):
+    """(uint8 rows, the same as float32, their weights)."""
+    header = rng.normal(size=(rows, 3)).astype(ml_dtypes.bfloat16)
+    codes = rng.integers(0, 256, (rows, dim)).astype(np.uint8)
+    wide = header.astype("f")
+    table = wide[:, 1:2] + wide[:, :1] * codes.astype("f")
+    return np.concatenate([header.view(np.uint8).reshape(rows, 6), codes], axis=1), table, wide[:, 2:].copy()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 15, 16, 17, 33, 130])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_int8_rows(dim, isa, rng):
+    before = kernels.isa()
+    try:
+        kernels.set_isa(isa)
+    except ValueError:
+        return  # this machine has no such instructions
+    try:
+        rows, table, weights = int8_table(rng, 50, dim)
+        indices, values = rng.integers(0, 50, (7, 4)), rng.random((7, 4), np.float32)
+        for options in ({}, {"field_splits": [0, 1, 4]}, {"output": "vector"}, {"output": "sum"}):
+            got = kernels.fm_forward(rows, indices, values, return_embeddings=True, **options)
+            want = kernels.fm_forward(table, indices, values, weights=weights, return_embeddings=True, **options)
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+        got = kernels.fm_forward(rows, indices.ravel(), row_splits=np.array([0, 3, 3, 28]))
+        want = kernels.fm_forward(table, indices.ravel(), weights=weights, row_splits=np.array([0, 3, 3, 28]))
+        np.testing.assert_allclose(got[0], want[0], rtol=2e-5, atol=2e-5 * np.abs(want[0]).max())
+        with pytest.raises(IndexError, match=r"indices\[0,0\] = 50 is not in \[0, 50\)"):
+            kernels.fm_forward(rows, np.array([[50]]))
+    finally:
+        kernels.set_isa(before)
+
+
+def test_first_orders_that_are_refused(data, rng):
+    table, indices, values = data
+    weights = rng.normal(size=(50, 1)).astype("f")
+    for bad, error, message in [
+        (weights[:, 0], ValueError, r"weights must have shape \(50, 1, \), got \(50,\)"),
+        (weights[:49], ValueError, r"weights must have shape \(50, 1, \), got \(49, 1\)"),
+        (weights.astype(float), TypeError, "weights must have the dtype of table, float32, got float64"),
+        (weights[::-1], ValueError, "weights must be C-contiguous"),
+    ]:
+        with pytest.raises(error, match=message):
+            kernels.fm_forward(table, indices, values, weights=bad)
+    rows, _, _ = int8_table(rng, 50, 6)
+    with pytest.raises(ValueError, match="a table of uint8 holds the weights in its rows"):
+        kernels.fm_forward(rows, indices, weights=rows[:, :1].copy())
+    with pytest.raises(ValueError, match="a row of uint8 must have at least 6 bytes"):
+        kernels.fm_forward(rows[:, :5].copy(), indices)
+    with pytest.raises(ValueError, match="weights need a table with at least one column"):
+        kernels.fm_forward(table[:, :0].copy(), indices, weights=weights)
+    with pytest.raises(TypeError, match="table must be float32, float64, bfloat16, float16 in native"):
+        kernels.fm_gradient(rows, indices, None, np.zeros((7, 6), "f"), np.zeros((7, 1), "f"))
+
+
+def test_head(rng):
+    parts = [rng.normal(size=(9, 1)).astype("f") for _ in range(3)]
+    total = sum(parts)[:, 0] + np.float32(0.5)
+    np.testing.assert_allclose(kernels.head(parts, 0.5, False), total, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(kernels.head(parts, 0.5, True), 1 / (1 + np.exp(-total)), rtol=1e-6)
+    for bad, error in [([], ValueError), ([parts[0][:, 0]], ValueError), ([parts[0], parts[1][:3]], ValueError)]:
+        with pytest.raises(error):
+            kernels.head(bad, 0.0, False)
+    with pytest.raises(TypeError, match="parts must be float32"):
+        kernels.head([np.zeros((3, 1))], 0.0, False)
 
 
 def test_same_bits_for_any_number_of_threads(rng):
@@ -72,7 +155,7 @@ def test_same_bits_for_any_number_of_threads(rng):
     indices, values = np.minimum(rng.zipf(1.3, (4000, 11)), 3000) - 1, rng.random((4000, 11), np.float32)
     results = []
     for threads in (1, 2, 3, 8):
-        y, sums, _ = kernels.fm_forward(table, indices, values, threads=threads)
+        y, sums, _, _ = kernels.fm_forward(table, indices, values, threads=threads)
         unique, rows, d_values = kernels.fm_gradient(table, indices, values, sums, y, need_values=True, threads=threads)
         results.append(b"".join(a.tobytes() for a in (y, sums, unique, rows, d_values)))
     assert len(set(results)) == 1
@@ -121,7 +204,7 @@ def test_read_only_inputs_are_fine_and_stay_as_they_are(data):
     table, indices, values = (a.copy() for a in data)
     for a in (table, indices, values):
         a.setflags(write=False)
-    y, sums, _ = kernels.fm_forward(table, indices, values)
+    y, sums, _, _ = kernels.fm_forward(table, indices, values)
     kernels.fm_gradient(table, indices, values, sums, y)
     for a, b in zip((table, indices, values), data, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -140,7 +223,7 @@ def misaligned(array):
         (
             lambda t, i, x: (t.astype(int), i, x),
             TypeError,
-            "table must be float32, float64, bfloat16, float16 in native",
+            "table must be float32, float64, bfloat16, float16.* in native",
         ),
         (lambda t, i, x: (t.astype(">f4"), i, x), TypeError, "table must be .* in native byte order, got >f4"),
         (lambda t, i, x: (t, i.astype(">i8"), x), TypeError, "indices must be int32, int64 in native byte order"),
@@ -207,7 +290,7 @@ def test_a_table_of_more_than_two_to_the_31_rows():
     table = np.zeros((rows, 1), np.float16)  # zeros of the operating system, never touched
     table[[3, 2**31 + 7, rows - 1], 0] = [1, 2, 4]
     indices = np.array([[3, 2**31 + 7, rows - 1], [3, 3, 0]])
-    y, sums, _ = kernels.fm_forward(table, indices)
+    y, sums, _, _ = kernels.fm_forward(table, indices)
     np.testing.assert_array_equal(y, [[1 * 2 + 1 * 4 + 2 * 4], [1]])
     unique, d_rows, _ = kernels.fm_gradient(table, indices, None, sums, np.ones((2, 1), "f"))
     np.testing.assert_array_equal(unique, [0, 3, 2**31 + 7, rows - 1])
@@ -239,7 +322,7 @@ def test_more_than_two_to_the_31_elements():
     table[1] = 1
     indices = np.zeros((33_000, 2), np.int32)
     indices[-1] = 1
-    y, _, embeddings = kernels.fm_forward(table, indices, return_embeddings=True)
+    y, _, embeddings, _ = kernels.fm_forward(table, indices, return_embeddings=True)
     assert embeddings.size > 2**31 and y[-1] == 32768 and not y[:-1].any()
     assert (embeddings[-1] == 1).all() and not embeddings[-2].any()
 

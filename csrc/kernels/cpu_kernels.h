@@ -20,7 +20,7 @@ struct PairMap {
 
 struct CpuKernels {
   // Returns -1, or the first p of these samples with indices[p] out of range.
-  int64_t (*forward[4][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
+  int64_t (*forward[5][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
   void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group);
   void (*update[4])(const UpdateArgs&, int64_t begin_group, int64_t end_group);
   // Reads the rows of indices [begin, end) out of n and nothing else, for measuring against.

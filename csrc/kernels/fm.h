@@ -17,6 +17,9 @@
 //   weight_rows[u] = 2 * l2_linear * weights[unique[u]] + sum over the same p of  values[p] * d_linear[b]
 //   d_values[p] = < table[indices[p], :], d[field of p, :] > + weights[indices[p]] * d_linear[b]
 //
+// A kInt8 row, of the forward alone, is K + 6 bytes: scale, offset and first-order weight as bfloat16, then
+// K codes in 0..255; element k is offset + scale * code[k].
+//
 // Sums are kept in float for float32 and narrower tables, in double for float64. The bits of every
 // result depend on the inputs and the instruction set only, never on the number of threads.
 #ifndef DEEPFM_KERNELS_FM_H_
@@ -29,7 +32,8 @@
 
 namespace deepfm {
 
-enum class TableType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class TableType { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
+constexpr int kInt8Header = 6;  // bytes before the codes of a kInt8 row
 enum class Output { kSum, kScalar, kVector };
 
 // Shapes: B samples, P pairs per sample (dense), n pairs in all, F fields per sample, V rows of K
@@ -50,12 +54,12 @@ struct ForwardArgs {
   TableType table_type = TableType::kFloat32;
   IndexType index_type = IndexType::kInt32;
   Output output = Output::kScalar;
-  const void* table = nullptr;    // T   [V,K]
+  const void* table = nullptr;    // T   [V,K], or V rows of kInt8
   const void* indices = nullptr;  // I   [n]
   const void* values = nullptr;   // Acc [n], or null: all ones
-  const void* weights = nullptr;  // T   [V], or null: no first order; needs K > 0
+  const void* weights = nullptr;  // T   [V], for the first order; null for kInt8, whose rows hold them
   void* interaction = nullptr;    // Acc [B] (kScalar) or [B,K]
-  void* linear = nullptr;         // Acc [B], with weights
+  void* linear = nullptr;         // Acc [B], or null: no first order; needs K > 0
   void* sums = nullptr;           // Acc [B,K], or null
   void* embeddings = nullptr;     // Acc [B,F,K] or [n,K], or null
 };

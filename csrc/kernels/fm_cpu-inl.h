@@ -111,6 +111,46 @@ static inline void LoadBlock(const T* p, int tail, VecOf<T> (&v)[kVecs]) {
     v[n] = kPartial && n == kVecs - 1 ? Load<true>(p + n * lanes, tail) : Load<false>(p + n * lanes, lanes);
 }
 
+template <typename T>
+static inline int64_t RowBytes(int64_t dim, T) {
+  return dim * static_cast<int64_t>(sizeof(T));
+}
+static inline int64_t RowBytes(int64_t dim, Int8) { return dim + kInt8Header; }
+
+static inline float HeaderAt(const char* row, int position) {
+  BFloat16 number;  // rows lie at any byte
+  __builtin_memcpy(&number, row + position * sizeof(number), sizeof(number));
+  return LoadOne(&number);
+}
+
+// Columns [first, ...) of the row at `row`, zeros behind its tail.
+template <int kVecs, bool kPartial, typename T>
+static inline void LoadRow(const char* row, int64_t first, int tail, VecOf<T> (&e)[kVecs], T) {
+  LoadBlock<kVecs, kPartial>(reinterpret_cast<const T*>(row) + first, tail, e);
+}
+template <int kVecs, bool kPartial>
+static inline void LoadRow(const char* row, int64_t first, int tail, VecOf<float> (&e)[kVecs], Int8) {
+  const float scale = HeaderAt(row, 0), offset = HeaderAt(row, 1);
+  LoadBlock<kVecs, kPartial>(reinterpret_cast<const Int8*>(row) + kInt8Header + first, tail, e);
+#pragma GCC unroll 8
+  for (int n = 0; n < kVecs; ++n) {
+    VecOf<float> shift = {};
+    if (kPartial && n == kVecs - 1) {
+      for (int i = 0; i < kLanes<float>; ++i) shift[i] = i < tail ? offset : 0.f;
+    } else {
+      shift += offset;
+    }
+    e[n] = e[n] * scale + shift;
+  }
+}
+
+// The first-order weight of a feature.
+template <typename T>
+static inline AccOf<T> WeightOf(const void* weights, int64_t index, const char*, T) {
+  return LoadOne(static_cast<const T*>(weights) + index);
+}
+static inline float WeightOf(const void*, int64_t, const char* row, Int8) { return HeaderAt(row, 2); }
+
 template <int kVecs, bool kPartial, typename T>
 static inline void StoreBlock(T* p, int tail, const VecOf<T> (&v)[kVecs]) {
   constexpr int lanes = kLanes<T>;
@@ -139,14 +179,15 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
   typedef VecOf<T> V;
   const FmShape& shape = a.shape;
   const int64_t dim = shape.dim;
-  const T* table = static_cast<const T*>(a.table) + first;
+  const char* table = static_cast<const char*>(a.table);
   const I* indices = static_cast<const I*>(a.indices);
   const A* values = static_cast<const A*>(a.values);
   A* interaction = static_cast<A*>(a.interaction);
   A* sums = static_cast<A*>(a.sums);
   A* embeddings = static_cast<A*>(a.embeddings);
-  const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
-  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+  A* linear = first == 0 ? static_cast<A*>(a.linear) : nullptr;
+  const T* weights = linear ? static_cast<const T*>(a.weights) : nullptr;
+  const int64_t row_bytes = RowBytes(dim, T{});
   const int64_t distance = PrefetchDistance(row_bytes);
   const int64_t* fields = shape.field_splits;
 
@@ -154,18 +195,19 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
     const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
     const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
     V s[kVecs] = {}, q[kVecs] = {};
-    A linear = 0;
+    A first_order = 0;
     auto prefetch = [&](int64_t p) __attribute__((always_inline)) {
       if (first != 0 || p + distance >= last_pair) return true;
       const I index = indices[p + distance];
       if (__builtin_expect(!InRange(index, shape.num_rows), 0)) return false;
-      PrefetchRow(reinterpret_cast<const char*>(table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
+      PrefetchRow(table + static_cast<int64_t>(index) * row_bytes, row_bytes);
       if (weights) __builtin_prefetch(weights + index);
       return true;
     };
     auto load = [&](int64_t p, V(&e)[kVecs]) {
-      LoadBlock<kVecs, kPartial>(table + static_cast<int64_t>(indices[p]) * dim, tail, e);
-      if (weights) linear += LoadOne(weights + indices[p]) * (values ? values[p] : A(1));
+      const char* row = table + static_cast<int64_t>(indices[p]) * row_bytes;
+      LoadRow<kVecs, kPartial>(row, first, tail, e, T{});
+      if (linear) first_order += WeightOf(weights, indices[p], row, T{}) * (values ? values[p] : A(1));
       if (!values) return;
       const A x = values[p];
 #pragma GCC unroll 8
@@ -200,7 +242,7 @@ static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, in
       }
     }
 
-    if (weights) static_cast<A*>(a.linear)[b] = linear;
+    if (linear) linear[b] = first_order;
     if (sums) StoreBlock<kVecs, kPartial>(sums + b * dim + first, tail, s);
     if (a.output == Output::kSum) {
       StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, s);
@@ -224,7 +266,7 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   const FmShape& shape = a.shape;
   const int64_t first_pair = shape.row_splits ? shape.row_splits[begin] : begin * shape.pairs_per_sample;
   const int64_t last_pair = shape.row_splits ? shape.row_splits[end] : end * shape.pairs_per_sample;
-  const int64_t row_bytes = shape.dim * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = RowBytes(shape.dim, T{});
   const int64_t warm = Min(last_pair, first_pair + PrefetchDistance(row_bytes));
   for (int64_t p = first_pair; p < warm; ++p) {
     const I index = static_cast<const I*>(a.indices)[p];
@@ -381,7 +423,8 @@ const CpuKernels kKernels = {
     {{Forward<float, int32_t>, Forward<float, int64_t>},
      {Forward<double, int32_t>, Forward<double, int64_t>},
      {Forward<BFloat16, int32_t>, Forward<BFloat16, int64_t>},
-     {Forward<Float16, int32_t>, Forward<Float16, int64_t>}},
+     {Forward<Float16, int32_t>, Forward<Float16, int64_t>},
+     {Forward<Int8, int32_t>, Forward<Int8, int64_t>}},
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
     {Update<float>, Update<double>, Update<BFloat16>, Update<Float16>},
     Touch,

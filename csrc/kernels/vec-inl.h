@@ -16,6 +16,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Int8 {  // a byte of a kInt8 row
+  uint8_t code;
+};
 
 template <typename T>
 struct Traits;
@@ -33,6 +36,8 @@ template <>
 struct Traits<BFloat16> : Traits<float> {};
 template <>
 struct Traits<Float16> : Traits<float> {};
+template <>
+struct Traits<Int8> : Traits<float> {};
 
 template <typename T>
 using AccOf = typename Traits<T>::Acc;
@@ -41,6 +46,7 @@ using VecOf = typename Traits<T>::Vec;
 template <typename T>
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(AccOf<T>));
 
+typedef uint8_t ByteBits __attribute__((vector_size(kVecBytes / 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
 typedef int32_t WordMask __attribute__((vector_size(kVecBytes)));
@@ -122,6 +128,22 @@ static inline void Store(T* p, VecOf<T> v, int lanes) {
   } else {
     for (int i = 0; i < lanes; ++i) p[i].bits = half[i];
   }
+}
+
+// The codes as numbers.
+template <bool kPartial>
+static inline VecOf<float> Load(const Int8* p, int lanes) {
+  ByteBits codes = {};
+  if (!kPartial) {
+    __builtin_memcpy(&codes, p, sizeof(codes));
+  } else {
+#if defined(__AVX512F__)
+    codes = (ByteBits)_mm_maskz_loadu_epi8((__mmask16)((1u << lanes) - 1), p);
+#else
+    for (int i = 0; i < lanes; ++i) codes[i] = p[i].code;
+#endif
+  }
+  return __builtin_convertvector(__builtin_convertvector(codes, WordMask), VecOf<float>);
 }
 
 template <bool kPartial>

@@ -273,7 +273,7 @@ class FmInteractionOp : public FmKernel {
     args.interaction = MutableData(interaction);
     args.sums = MutableData(sums);
     args.embeddings = return_embeddings_ ? MutableData(embeddings) : nullptr;
-    args.linear = MutableData(linear);
+    args.linear = args.weights ? MutableData(linear) : nullptr;
     Tensor* penalty;
     OP_REQUIRES_OK(ctx, Allocate(ctx, 4, {}, &penalty));
     std::memset(MutableData(penalty), 0, penalty->tensor_data().size());
@@ -373,6 +373,17 @@ class FmInteractionGradOp : public FmKernel {
       .Attr("l2_linear: float = 0")                \
       .Attr("output: {'sum', 'scalar', 'vector'}") \
       .Attr("field_splits: list(int) = []")
+
+// Stands first in a graph that is exported with these ops: who loads it without them is told this name.
+REGISTER_OP("Import_deepfm_ops_dot_ops_before_loading_this_model")
+    .SetShapeFn(tensorflow::shape_inference::UnknownShape);
+class ImportFirst : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext*) override {}
+};
+REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_model").Device(tensorflow::DEVICE_CPU),
+                        ImportFirst);
 
 #define DEEPFM_REGISTER(prefix, table_type, is_resource)                                                 \
   REGISTER_OP(prefix "FmInteraction")                                                                    \

@@ -229,7 +229,7 @@ void Case(const char* where, const Parallel& parallel) {
   f.indices = indices.data.data();
   f.values = with_values ? values.data.data() : nullptr;
   f.weights = with_weights ? weights.data.data() : nullptr;
-  f.linear = linear.data.data();
+  f.linear = with_weights ? linear.data.data() : nullptr;
   f.interaction = interaction.data.data();
   f.sums = sums.data.data();
   f.embeddings = with_embeddings ? embeddings.data.data() : nullptr;
@@ -374,6 +374,75 @@ void Case(const char* where, const Parallel& parallel) {
   UpdateCase<D, I>(where, V, K, indices, groups, parallel);
 }
 
+// A forward over rows of kInt8, against one over the same numbers as floats.
+template <typename I>
+void QuantizedCase(const char* where, const Parallel& parallel) {
+  const int64_t V = Uniform(1, 40), K = Chance(50) ? Uniform(1, 20) : Uniform(1, 140), row_bytes = K + kInt8Header;
+  const int64_t B = Uniform(0, 12), P = Uniform(0, 9);
+  const bool ragged = Chance(40), pooled = !ragged && Chance(40), with_embeddings = Chance(50), with_linear = Chance(50);
+  Array<uint8_t> table(V * row_bytes, false);
+  Array<float> floats(V * K, false), weights(V, false);
+  for (int64_t v = 0; v < V; ++v) {
+    uint8_t* row = table.data.data() + v * row_bytes;
+    const uint16_t header[3] = {Brain::Make(1.0 / static_cast<double>(Uniform(100, 300))), Brain::Make(-0.5),
+                                Brain::Make(static_cast<double>(Uniform(-8, 8)) / 8)};
+    std::memcpy(row, header, kInt8Header);
+    for (int64_t k = 0; k < K; ++k) {
+      row[kInt8Header + k] = static_cast<uint8_t>(Uniform(0, 255));
+      floats.data[v * K + k] = static_cast<float>(Brain::Read(header[1]) + Brain::Read(header[0]) * row[kInt8Header + k]);
+    }
+    weights.data[v] = FromBFloat16(header[2]);
+  }
+  std::vector<int64_t> row_splits = {0}, field_splits = {0, P};
+  for (int64_t b = 0; ragged && b < B; ++b) row_splits.push_back(row_splits.back() + Uniform(0, P));
+  const int64_t n = ragged ? row_splits.back() : B * P, num_embeddings = pooled ? B : n;
+  Array<I> indices(n, false);
+  Array<float> values(n, false);
+  for (I& i : indices.data) i = static_cast<I>(Uniform(0, V - 1));
+  for (float& x : values.data) x = static_cast<float>(Uniform(-4, 4)) / 2;
+  ForwardArgs f;
+  f.output = static_cast<Output>(Uniform(0, 2));
+  f.shape.num_rows = V;
+  f.shape.dim = K;
+  f.shape.num_samples = B;
+  f.shape.num_pairs = n;
+  f.shape.pairs_per_sample = ragged ? 0 : P;
+  f.shape.row_splits = ragged ? row_splits.data() : nullptr;
+  f.shape.field_splits = pooled ? field_splits.data() : nullptr;
+  f.shape.num_fields = pooled ? 1 : 0;
+  f.index_type = sizeof(I) == 4 ? IndexType::kInt32 : IndexType::kInt64;
+  f.indices = indices.data.data();
+  f.values = Chance(70) ? values.data.data() : nullptr;
+  std::vector<Array<float>> found[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t width = f.output == Output::kScalar ? 1 : K;
+    for (int64_t size : {B * width, B * K, with_embeddings ? num_embeddings * K : 0, with_linear ? B : 0})
+      found[i].emplace_back(size, true);
+    f.table_type = i == 0 ? TableType::kInt8 : TableType::kFloat32;
+    f.table = i == 0 ? static_cast<const void*>(table.data.data()) : floats.data.data();
+    f.weights = i == 1 && with_linear ? weights.data.data() : nullptr;
+    f.interaction = found[i][0].data.data();
+    f.sums = found[i][1].data.data();
+    f.embeddings = with_embeddings ? found[i][2].data.data() : nullptr;
+    f.linear = with_linear ? found[i][3].data.data() : nullptr;
+    EXPECT(FmForward(f, parallel) == -1, "n=%ld V=%ld", long(n), long(V));
+  }
+  const double bound = 1e-5 * static_cast<double>((P + 1) * (P + 1) * (K + 1));  // |x| <= 2, elements below 3
+  for (int a = 0; a < 4; ++a) {
+    EXPECT(found[0][a].Intact(), "array %d", a);
+    for (int64_t i = 0; i < found[0][a].size; ++i)
+      EXPECT(std::fabs(found[0][a].data[i] - found[1][a].data[i]) <= bound, "array %d, %ld: %g, %g", a, long(i),
+             found[0][a].data[i], found[1][a].data[i]);
+  }
+  if (n > 0) {
+    indices.data[n - 1] = static_cast<I>(V);
+    f.table_type = TableType::kInt8;
+    f.table = table.data.data();
+    f.weights = nullptr;
+    EXPECT(FmForward(f, parallel) == n - 1, "n=%ld V=%ld", long(n), long(V));
+  }
+}
+
 }  // namespace
 }  // namespace deepfm
 
@@ -388,7 +457,7 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < cases; ++i) {
       const std::string where = std::string(isa) + " case " + std::to_string(i);
       const Parallel parallel = ThreadPool::Get().Lend(static_cast<int>(1 + i % 4));
-      switch (i % 6) {
+      switch (i % 8) {
         case 0:
           Case<Float, int32_t>(where.c_str(), parallel);
           break;
@@ -404,8 +473,14 @@ int main(int argc, char** argv) {
         case 4:
           Case<Double, int32_t>(where.c_str(), parallel);
           break;
-        default:
+        case 5:
           Case<Brain, int64_t>(where.c_str(), parallel);
+          break;
+        case 6:
+          QuantizedCase<int32_t>(where.c_str(), parallel);
+          break;
+        default:
+          QuantizedCase<int64_t>(where.c_str(), parallel);
       }
     }
     total += cases;
