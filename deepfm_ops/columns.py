@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from deepfm_ops import _inputs
-from deepfm_ops.features import DenseFeat, SparseFeat, VarLenSparseFeat
+from deepfm_ops.features import DenseFeat, SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
 
 
 def column_to_config(column):
@@ -29,15 +29,14 @@ def column_from_config(config):
     if not isinstance(config, dict):
         return config
     config = dict(config)
-    kind = config.pop("kind")
-    if kind == "VarLenSparseFeat":
-        return VarLenSparseFeat(**{**config, "sparsefeat": column_from_config(config["sparsefeat"])})
-    if kind == "SparseFeat":
-        initializer = config.get("embeddings_initializer")
-        return SparseFeat(**{**config, "embeddings_initializer": initializer and keras.initializers.get(initializer)})
+    if "sparsefeat" in config:
+        config["sparsefeat"] = dict(config["sparsefeat"])
+    sparse = config.get("sparsefeat", config)
+    if sparse.get("embeddings_initializer"):
+        sparse["embeddings_initializer"] = keras.initializers.get(sparse["embeddings_initializer"])
     if isinstance(config.get("transform_fn"), dict):
         config["transform_fn"] = keras.saving.deserialize_keras_object(config["transform_fn"])
-    return DenseFeat(**config)
+    return column_from_plain(config)
 
 
 def encoding(column):
@@ -88,36 +87,11 @@ class StackedInitializer(keras.initializers.Initializer):
         return {"parts": [(rows, keras.initializers.serialize(initializer)) for rows, initializer in self.parts]}
 
 
-class TablePlan:
-    """Which rows of one table each column owns, and which index columns it fills.
-
-    Columns of one embedding_name share rows. A dense column with an embedding owns a row per number.
-
-    Attributes:
-        num_rows: rows of the table.
-        offsets: {column name: first row}.
-        field_sizes: index columns per field of the op. A column pooled by max, and every number of a dense
-            column, is left as fields of one pair each, because summing them is not what they need.
-
-    """
-
-    def __init__(self, columns, default_initializer):
-        self.columns = list(columns)
-        self.offsets, self.field_sizes, self.num_rows = {}, [], 0
-        blocks, owners = [], {}
-        for column in self.columns:
-            size = column.dimension if isinstance(column, DenseFeat) else column.vocabulary_size
-            key = ("dense", column.name) if isinstance(column, DenseFeat) else ("sparse", column.embedding_name)
-            if key not in owners:
-                owners[key] = self.num_rows
-                blocks.append((size, getattr(column, "embeddings_initializer", None) or default_initializer))
-                self.num_rows += size
-            self.offsets[column.name] = owners[key]
-            width = 1 if isinstance(column, SparseFeat) else size if isinstance(column, DenseFeat) else column.maxlen
-            separate = isinstance(column, DenseFeat) or getattr(column, "combiner", None) == "max"
-            self.field_sizes += [1] * width if separate else [width]
-        same = all(initializer is default_initializer for _, initializer in blocks)
-        self.initializer = default_initializer if same else StackedInitializer(blocks)
+def table_initializer(plan, default):
+    """The initializer of a `TablePlan`'s table, `default` for the blocks without one."""
+    if all(initializer is None for _, initializer in plan.blocks):
+        return default
+    return StackedInitializer([(rows, initializer or default) for rows, initializer in plan.blocks])
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -144,7 +118,7 @@ class ColumnEncoder(keras.layers.Layer):
     def __init__(self, columns, **kwargs):
         super().__init__(autocast=False, **kwargs)
         self.columns = [column_from_config(column) for column in columns]
-        self.plan = TablePlan(self.columns, None)
+        self.plan = TablePlan(self.columns)
         self.supports_jit = False
         self.vocabularies = {}
         for column in self.columns:

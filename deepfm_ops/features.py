@@ -213,6 +213,53 @@ def get_feature_names(feature_columns: Sequence) -> list[str]:
     return list(input_specs(feature_columns))
 
 
+def text_of(value):
+    """A cell as text; a missing one is the empty string."""
+    if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value):
+        return ""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+class TablePlan:
+    """Which rows of one table each column owns, and which index columns it fills.
+
+    Columns of one embedding_name share rows. A dense column with an embedding owns a row per number.
+
+    Attributes:
+        num_rows: rows of the table.
+        blocks: [(rows, initializer or None)], in the order of the rows.
+        offsets: {column name: first row}.
+        field_sizes: index columns per field of the op. A column pooled by max, and every number of a dense
+            column, is left as fields of one pair each, because summing them is not what they need.
+
+    """
+
+    def __init__(self, columns):
+        self.columns = list(columns)
+        self.offsets, self.field_sizes, self.num_rows, self.blocks = {}, [], 0, []
+        owners = {}
+        for column in self.columns:
+            size = column.dimension if isinstance(column, DenseFeat) else column.vocabulary_size
+            key = ("dense", column.name) if isinstance(column, DenseFeat) else ("sparse", column.embedding_name)
+            if key not in owners:
+                owners[key] = self.num_rows
+                self.blocks.append((size, getattr(column, "embeddings_initializer", None)))
+                self.num_rows += size
+            self.offsets[column.name] = owners[key]
+            width = 1 if isinstance(column, SparseFeat) else size if isinstance(column, DenseFeat) else column.maxlen
+            separate = isinstance(column, DenseFeat) or getattr(column, "combiner", None) == "max"
+            self.field_sizes += [1] * width if separate else [width]
+
+
+def column_from_plain(config):
+    """The column of a dict {"kind": its class's name, argument: value}."""
+    config = dict(config)
+    kind = {"SparseFeat": SparseFeat, "DenseFeat": DenseFeat, "VarLenSparseFeat": VarLenSparseFeat}[config.pop("kind")]
+    if "sparsefeat" in config:
+        config["sparsefeat"] = column_from_plain(config["sparsefeat"])
+    return kind(**config)
+
+
 class FeatureDictionary:
     """Numbers the features of a table: one index per category value and one per numeric column.
 
@@ -243,6 +290,7 @@ class FeatureDictionary:
 
     def __init__(self):
         self.fields = []  # {"name", "kind", "size", "start"; "values": list} in the order of the columns
+        self._index_of = {}  # {name of a field: {value: index}}, made when first needed
         self.num_features = 1
         self.separator = "|"
 
@@ -296,7 +344,15 @@ class FeatureDictionary:
             entries = [[_category(value, name) for value in entry] for entry in _entries(df, name, separator)]
             fresh._add(name, "multivalued", max(1, *map(len, entries)), sorted_values(set().union(*entries)))
         self.fields, self.num_features, self.separator = fresh.fields, fresh.num_features, separator
+        self._index_of = {}
         return self
+
+    def _indices(self, field):
+        """{value: index} of a field."""
+        name = field["name"]
+        if name not in self._index_of:
+            self._index_of[name] = {value: field["start"] + i for i, value in enumerate(field["values"])}
+        return self._index_of[name]
 
     def _add(self, name, kind, size, values):
         self.fields.append({"name": name, "kind": kind, "size": size, "start": self.num_features, "values": values})
@@ -335,12 +391,12 @@ class FeatureDictionary:
                 indices[:, column] = np.where(known, start, 0)
                 values[:, column] = np.where(known, numbers, 0.0)
             elif field["kind"] == "categorical":
-                index_of = {value: start + i for i, value in enumerate(field["values"])}
+                index_of = self._indices(field)
                 found = (_index(index_of, value) for value in _objects(df, name))
                 indices[:, column] = np.fromiter(found, np.int64, rows)
                 values[:, column] = indices[:, column] != 0
             else:
-                index_of = {value: start + i for i, value in enumerate(field["values"])}
+                index_of = self._indices(field)
                 for row, entry in enumerate(_entries(df, name, self.separator)):
                     known = [i for i in (_index(index_of, value) for value in entry) if i][:size]
                     indices[row, here][: len(known)] = known
@@ -358,12 +414,33 @@ class FeatureDictionary:
             raise ValueError("fit the FeatureDictionary before saving it")
         path = pathlib.Path(path)
         fresh = path.with_name(path.name + f".{os.getpid()}.new")
-        content = json.dumps({"format": self.FORMAT, "separator": self.separator, "fields": self.fields})
+        content = json.dumps(self.to_config())
         try:
             fresh.write_text(content, encoding="utf-8")
             os.replace(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
+
+    def to_config(self):
+        """The dictionary as a JSON-ready dict, for `from_config`."""
+        return {"format": self.FORMAT, "separator": self.separator, "fields": self.fields}
+
+    @classmethod
+    def from_config(cls, content):
+        """The dictionary of `to_config`. Raises KeyError, TypeError or ValueError for anything else."""
+        if content["format"] != cls.FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {cls.FORMAT}")
+        loaded = cls()
+        loaded.separator = str(content["separator"])
+        for field in content["fields"]:
+            kind, size, values = field["kind"], field["size"], field["values"]
+            good = kind in ("categorical", "numeric", "multivalued") and isinstance(values, list)
+            good = good and isinstance(size, int) and size >= 1 and (size == 1 or kind == "multivalued")
+            good = good and len(set(values)) == len(values) and field["start"] == loaded.num_features
+            if not good:
+                raise ValueError(f"field {field['name']!r} does not fit")
+            loaded._add(field["name"], kind, size, values)
+        return loaded
 
     @classmethod
     def load(cls, path):
@@ -375,20 +452,7 @@ class FeatureDictionary:
 
         """
         try:
-            content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            if content["format"] != cls.FORMAT:
-                raise ValueError(f"format {content['format']}, this version reads {cls.FORMAT}")
-            loaded = cls()
-            loaded.separator = str(content["separator"])
-            for field in content["fields"]:
-                kind, size, values = field["kind"], field["size"], field["values"]
-                good = kind in ("categorical", "numeric", "multivalued") and isinstance(values, list)
-                good = good and isinstance(size, int) and size >= 1 and (size == 1 or kind == "multivalued")
-                good = good and len(set(values)) == len(values) and field["start"] == loaded.num_features
-                if not good:
-                    raise ValueError(f"field {field['name']!r} does not fit")
-                loaded._add(field["name"], kind, size, values)
-            return loaded
+            return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
 

@@ -9,7 +9,8 @@ from testing import oracle, run_python
 
 from deepfm_ops import DeepFM, DenseFeat, SparseFeat, VarLenSparseFeat, get_feature_names
 from deepfm_ops import deepctr as deepctr_names
-from deepfm_ops.columns import ColumnEncoder, TablePlan
+from deepfm_ops.columns import ColumnEncoder
+from deepfm_ops.features import TablePlan
 
 ROWS = 48
 
@@ -165,7 +166,7 @@ def test_dense_columns_in_fm(inputs, rng):
     model = DeepFM.from_columns([], [USER, DenseFeat("pair", 2, embedding_dim=4)], use_deep=False, task="regression")
     table = rng.normal(size=(12, 4)).astype("f")
     model.get_layer("fm_0").embeddings.assign(table)
-    dense_first = TablePlan([USER, DenseFeat("pair", 2, embedding_dim=4)], None).offsets
+    dense_first = TablePlan([USER, DenseFeat("pair", 2, embedding_dim=4)]).offsets
     samples = [
         [[(dense_first["user"] + u, 1)], [(dense_first["pair"], p[0])], [(dense_first["pair"] + 1, p[1])]]
         for u, p in zip(inputs["user"], inputs["pair"], strict=True)

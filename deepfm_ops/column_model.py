@@ -1,0 +1,378 @@
+"""DeepFM over feature columns: what `DeepFM.from_columns` returns."""
+
+import itertools
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from deepfm_ops import columns as _columns
+from deepfm_ops._parts import (
+    BiInteraction,
+    ConfiguredModel,
+    DtypePolicy,
+    Head,
+    Plan,
+    check_integers,
+    l2_regularizer,
+    mlp,
+    seed_for,
+    table_l2,
+    weights_l2,
+)
+from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_specs, text_of
+from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class ColumnDeepFM(ConfiguredModel):
+    """What `DeepFM.from_columns` returns, and documents."""
+
+    def __init__(
+        self,
+        linear_feature_columns,
+        dnn_feature_columns,
+        fm_group=(DEFAULT_GROUP_NAME,),
+        dnn_hidden_units=(256, 128, 64),
+        l2_reg_linear=0.00001,
+        l2_reg_embedding=0.00001,
+        l2_reg_dnn=0,
+        seed=1024,
+        dnn_dropout=0,
+        dnn_activation="relu",
+        dnn_use_bn=False,
+        task="binary",
+        *,
+        use_linear=True,
+        use_fm=True,
+        use_deep=True,
+        l2_scope="batch",
+        backend="auto",
+        name=None,
+        trainable=True,
+        frozen=(),
+        dtype=None,
+    ):
+        linear = [_columns.column_from_config(column) for column in linear_feature_columns]
+        dnn = [_columns.column_from_config(column) for column in dnn_feature_columns]
+        linear, dnn = linear if use_linear else [], dnn if use_fm or use_deep else []
+        specs = input_specs([*linear, *dnn])
+        # Indices come in as int64 whatever the column says: a cast to fewer bits would wrap them round.
+        kinds = {name: kind if kind == "string" or "float" in kind else "int64" for name, (_, kind) in specs.items()}
+        fm_group = [fm_group] if isinstance(fm_group, str) else list(fm_group)
+        for columns in (linear, dnn):
+            _columns.check_shared(columns)
+        if not specs:
+            raise ValueError("the model needs at least one feature column in a part that is in use")
+        config = {
+            "linear_feature_columns": [_columns.column_to_config(column) for column in linear],
+            "dnn_feature_columns": [_columns.column_to_config(column) for column in dnn],
+            "fm_group": fm_group,
+            "dnn_hidden_units": [positive("a hidden width", units) for units in dnn_hidden_units],
+            "l2_reg_linear": l2_reg_linear,
+            "l2_reg_embedding": l2_reg_embedding,
+            "l2_reg_dnn": l2_reg_dnn,
+            "seed": seed,
+            "dnn_dropout": dnn_dropout,
+            "dnn_activation": dnn_activation
+            if isinstance(dnn_activation, str)
+            else keras.activations.serialize(dnn_activation),
+            "dnn_use_bn": dnn_use_bn,
+            "task": task,
+            "use_linear": use_linear,
+            "use_fm": use_fm,
+            "use_deep": use_deep,
+            "l2_scope": l2_scope,
+            "backend": backend,
+        }
+        with DtypePolicy(dtype):
+            inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
+            encode = _Encoders(inputs)
+            plan = Plan()
+            strengths = (l2_scope, l2_reg_embedding, l2_reg_linear)
+            fused = _fused(linear, dnn)
+            parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encode, plan)
+            embeddings, groups, first_orders = _embeddings(dnn, fused, strengths, seed, backend, encode, plan)
+            parts += first_orders
+            if use_fm:
+                parts += _second_order(embeddings, groups, fm_group, plan)
+            dense = [column for column in dnn if isinstance(column, DenseFeat)]
+            if use_deep and dnn:
+                deep = [keras.layers.Flatten()(tensor) for tensor, _ in embeddings]
+                if dense:
+                    deep.append(_columns.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
+                x = keras.layers.Concatenate(name="deep_input")(deep) if len(deep) > 1 else deep[0]
+                parts.append(
+                    mlp(x, config["dnn_hidden_units"], dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed)
+                )
+            if not parts:
+                raise ValueError(
+                    "no part of the model is left: no linear columns, no interacting columns, no deep part"
+                )
+            plan.num_encoders = len(encode.made)
+            self._finish(config, inputs, Head(task, name="head")(parts), name, trainable, frozen, plan)
+        self._input_names = list(specs)
+        self._input_specs = {name: (shape, kinds[name]) for name, (shape, _) in specs.items()}
+
+    def _checked(self, inputs):
+        if not hasattr(self, "_input_names"):
+            return inputs
+        inputs = self._select(inputs)
+        for name in self._index_inputs:
+            check_integers(f"input {name!r}", inputs[name])
+        return inputs
+
+    def _select(self, inputs):
+        """The inputs this model needs, from a dict, or from a list in the order of get_feature_names."""
+        if not isinstance(inputs, dict):
+            if not isinstance(inputs, list | tuple) or len(inputs) != len(self._input_names):
+                raise ValueError(f"inputs must be a dict, or a list in this order: {self._input_names}")
+            inputs = dict(zip(self._input_names, inputs, strict=True))
+        missing = [name for name in self._input_names if name not in inputs]
+        if missing:
+            raise KeyError(f"inputs are missing {missing}; got {sorted(inputs)}")
+        return {name: inputs[name] for name in self._input_names}
+
+    def _arrays(self, x):
+        """What Keras can slice, from a dict or list of arrays and pandas Series; anything else as it is."""
+        if not isinstance(x, dict | list | tuple):
+            return x
+        arrays = {name: self._array(name, column) for name, column in self._select(x).items()}
+        lengths = {name: array.shape[0] if len(array.shape) else None for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"inputs must be equally long, got {lengths}")
+        return arrays
+
+    def _array(self, name, column):
+        """One input in the shape and kind that the model has for it."""
+        shape, kind = self._input_specs[name]
+        if not tf.is_tensor(column):
+            column = np.asarray(column, dtype=object if kind == "string" else None)
+            if kind == "string":
+                column = np.vectorize(text_of, otypes=[object])(column) if column.size else column
+            elif column.dtype.kind not in "iufb":
+                raise TypeError(f"input {name!r} must hold numbers, got dtype {column.dtype}")
+            elif kind == "int64" and column.dtype.kind == "f":
+                if not (np.isfinite(column) & (column == np.floor(column))).all():
+                    raise TypeError(f"input {name!r} must hold integers, got {column.dtype} with fractions or NaN")
+                column = column.astype(np.int64)
+        batch = column.shape[0] if len(column.shape) else 1
+        if tuple(column.shape[1:]) != shape:
+            if int(np.prod(column.shape[1:])) != int(np.prod(shape)):
+                raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {tuple(column.shape)}")
+            reshape = tf.reshape if tf.is_tensor(column) else np.reshape
+            column = reshape(column, (batch, *shape))
+        # Keras slices no NumPy array of text.
+        return (
+            tf.constant(column, tf.string, shape=column.shape)
+            if kind == "string" and not tf.is_tensor(column)
+            else column
+        )
+
+    # Keras asks these for arrays, or for something it can iterate over.
+
+    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        if isinstance(validation_data, list | tuple):
+            x_validation, y_validation, *rest = validation_data
+            validation_data = (self._arrays(x_validation), _targets(y_validation), *rest)
+        return super().fit(self._arrays(x), _targets(y), *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        return super().evaluate(self._arrays(x), _targets(y), *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        return super().predict(self._arrays(x), *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, *args, **kwargs):
+        return super().train_on_batch(self._arrays(x), _targets(y), *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, *args, **kwargs):
+        return super().test_on_batch(self._arrays(x), _targets(y), *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        return super().predict_on_batch(self._arrays(x))
+
+
+def _targets(y):
+    """[B] as [B, 1], the shape of the predictions: some of Keras's metrics insist on it."""
+    if y is None or tf.is_tensor(y):
+        return y
+    y = np.asarray(y)
+    return y.reshape(-1, 1) if y.ndim == 1 else y
+
+
+def _needed(inputs, columns):
+    return {name: inputs[name] for name in input_specs(columns)}
+
+
+def _tables(columns, width):
+    """The columns with an embedding, in lists that can share one table: same width, same trainable."""
+    key = lambda column: (width(column), getattr(column, "trainable", True))  # noqa: E731
+    with_rows = [c for c in columns if not isinstance(c, DenseFeat) or c.embedding_dim is not None]
+    return [(k, list(group)) for k, group in itertools.groupby(sorted(with_rows, key=key), key)]
+
+
+class _Encoders:
+    """The encoders of a model and the pairs they give: one for all parts that have the same columns."""
+
+    def __init__(self, inputs):
+        self.inputs, self.made = inputs, []
+
+    def __call__(self, columns):
+        """(number of the encoder, its pairs)."""
+        wanted = [_columns.encoding(column) for column in columns]
+        for number, (encodings, pairs) in enumerate(self.made):
+            if encodings == wanted:
+                return number, pairs
+        number = len(self.made)
+        encoder = _columns.ColumnEncoder(columns, name=f"encode_{number}")
+        self.made.append((wanted, encoder(_needed(self.inputs, columns))))
+        return number, self.made[-1][1]
+
+
+def _is_max(column):
+    return isinstance(column, VarLenSparseFeat) and column.combiner == "max"
+
+
+def _spans(columns):
+    """What `PoolMax` makes of the fields of these columns, None where it is not needed."""
+    if not any(map(_is_max, columns)):
+        return None
+    return [
+        (column.maxlen, True) if _is_max(column) else (getattr(column, "dimension", 1), False) for column in columns
+    ]
+
+
+def _pooled(embeddings, mask, columns, plan):
+    spans = _spans(columns)
+    if spans is None:
+        return embeddings
+    first_columns = [0, *itertools.accumulate(plan.field_sizes[:-1])]  # a max-pooled field is one column
+    return _columns.PoolMax(spans)((embeddings, keras.ops.take(mask, first_columns, axis=1)))
+
+
+def _linear_tables(columns):
+    return _tables([column for column in columns if not isinstance(column, DenseFeat)], lambda column: 1)
+
+
+def _fused(linear, dnn):
+    """{number of an embedding table: number of the first-order table that the same op call looks up}.
+
+    Those whose rows are the same columns', in the same order; max pooling needs each weight by itself.
+    """
+    fused = {}
+    for number, ((_, trainable), members) in enumerate(_tables(dnn, lambda column: column.embedding_dim)):
+        wanted = [_columns.encoding(column) for column in members]
+        for candidate, ((_, its_trainable), others) in enumerate(_linear_tables(linear)):
+            same = wanted == [_columns.encoding(column) for column in others] and trainable == its_trainable
+            if same and candidate not in fused.values() and not any(map(_is_max, [*members, *others])):
+                fused[number] = candidate
+                break
+    return fused
+
+
+def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan):
+    """The first order: sparse columns with a weight per row, dense columns with a kernel."""
+    scope, _, l2 = strengths
+    parts = []
+    for number, ((_, trainable), members) in enumerate(_linear_tables(columns)):
+        if number in fused.values():
+            continue
+        table = TablePlan(members)
+        encoder, (indices, values, mask) = encode(members)
+        shared = {"field_sizes": table.field_sizes, "backend": backend, "trainable": trainable}
+        shared["name"] = f"first_order_{number}"
+        plan.first_orders.append({"layer": shared["name"], "encoder": encoder, "spans": _spans(members)})
+        if any(map(_is_max, members)):
+            weights, _ = FMInteraction(
+                table.num_rows,
+                1,
+                return_embeddings=True,
+                embeddings_initializer="zeros",
+                **table_l2(scope, l2),
+                **shared,
+            )((indices, values))
+            parts.append(keras.ops.sum(_pooled(weights, mask, members, table), axis=1))
+        else:
+            parts.append(FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)((indices, values)))
+    dense = [column for column in columns if isinstance(column, DenseFeat)]
+    if dense:
+        numbers = _columns.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
+        initializer = keras.initializers.GlorotNormal(seed_for(seed, 5))
+        kernel = keras.layers.Dense(
+            1,
+            use_bias=False,
+            kernel_initializer=initializer,
+            kernel_regularizer=l2_regularizer(l2),
+            name="linear_kernel",
+        )
+        parts.append(kernel(numbers))
+    return parts
+
+
+def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
+    """The lookups.
+
+    Returns:
+        [(embeddings [B, F, K], interaction [B, 1] of all of them or None)], {group: [(table, field)]} and the
+        first orders [B, 1] of the tables in `fused`.
+
+    """
+    scope, l2, l2_linear = strengths
+    found, groups, first_orders = [], {}, []
+    for number, ((dim, trainable), members) in enumerate(_tables(columns, lambda column: column.embedding_dim)):
+        initializer = keras.initializers.RandomNormal(stddev=0.0001, seed=seed_for(seed, number))
+        table = TablePlan(members)
+        encoder, (indices, values, mask) = encode(members)
+        plan.lookups.append({"layer": f"fm_{number}", "encoder": encoder, "spans": _spans(members)})
+        use_linear = number in fused
+        embeddings, interaction, *linear = FMInteraction(
+            table.num_rows,
+            dim,
+            use_linear=use_linear,
+            linear_apart=use_linear,
+            return_embeddings=True,
+            embeddings_initializer=_columns.table_initializer(table, initializer),
+            **table_l2(scope, l2, l2_linear if use_linear else 0.0),
+            field_sizes=table.field_sizes,
+            backend=backend,
+            trainable=trainable,
+            name=f"fm_{number}",
+        )((indices, values))
+        field = 0
+        for column in members:
+            for _ in range(getattr(column, "dimension", 1)):
+                groups.setdefault(column.group_name, []).append((number, field))
+                field += 1
+        first_orders += linear
+        has_max = any(map(_is_max, members))
+        found.append((_pooled(embeddings, mask, members, table), None if has_max else interaction))
+    return found, groups, first_orders
+
+
+def _second_order(embeddings, groups, fm_group, plan):
+    """The second order of each group: from the op where the group is a whole table, else from the embeddings."""
+    parts = []
+    unknown = [group for group in fm_group if group not in groups and group != DEFAULT_GROUP_NAME]
+    if unknown:
+        raise ValueError(f"fm_group names {unknown}, but the columns' groups are {sorted(groups)}")
+    for group in fm_group:
+        members = groups.get(group, [])
+        tables = sorted({table for table, _ in members})
+        widths = {embeddings[table][0].shape[-1] for table in tables}
+        if len(widths) > 1:
+            raise ValueError(f"columns of FM group {group!r} must have one embedding_dim, got {sorted(widths)}")
+        if len(tables) == 1:
+            tensor, interaction = embeddings[tables[0]]
+            if interaction is not None and len(members) == tensor.shape[1]:
+                parts.append(interaction)
+                plan.second_order.append(tables[0])
+                continue
+        if len(members) > 1:
+            chosen = [
+                keras.ops.take(embeddings[table][0], [f for t, f in members if t == table], axis=1) for table in tables
+            ]
+            tensor = keras.layers.Concatenate(axis=1)(chosen) if len(chosen) > 1 else chosen[0]
+            parts.append(BiInteraction()(tensor))
+            plan.second_order.append(members)
+    return parts
