@@ -18,8 +18,21 @@ _HOME = {
     "FeatureDictionary": "features",
     "native_info": "_library",
     "Checkpoint": "checkpoints",
+    "export": "exporting",
+    "export_scorer": "exporting",
 }
-_MODULES = ("checkpoints", "datasets", "deepctr", "features", "layers", "models", "ops", "optimizers", "reference")
+_MODULES = (
+    "checkpoints",
+    "datasets",
+    "deepctr",
+    "features",
+    "layers",
+    "models",
+    "ops",
+    "optimizers",
+    "reference",
+    "scorer",
+)
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 

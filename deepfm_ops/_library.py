@@ -1,5 +1,7 @@
 """Loads the native library, once, after comparing versions; says why when it cannot."""
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import json
@@ -11,6 +13,7 @@ from deepfm_ops._version import TENSORFLOW, __version__
 
 BACKENDS = ("auto", "native", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in deepfm_ops's source)"
+_PORTABLE = contextvars.ContextVar("portable", default=False)
 _DIRECTORY = pathlib.Path(__file__).parent
 _LIBRARY = _DIRECTORY / "_native.so"
 _BUILD_INFO = _DIRECTORY / "_build_info.json"
@@ -56,6 +59,20 @@ def _requested():
     return backend
 
 
+@contextlib.contextmanager
+def portable():
+    """Inside, whatever the backend, a forward is of standard TensorFlow ops alone, and made for serving."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
+def is_portable():
+    return _PORTABLE.get()
+
+
 def native_ops(backend="auto"):
     """The native ops to use for `backend`, or None for the plain TensorFlow reference.
 
@@ -72,7 +89,7 @@ def native_ops(backend="auto"):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = _requested()
-    if backend == "reference":
+    if backend == "reference" or is_portable():
         return None
     module, reason = _load()
     if module is None and backend == "native":

@@ -86,7 +86,7 @@ def interaction(
     native = native_for(table, backend)
     if native is None:
         result, embeddings, linear, penalty = reference.interaction(
-            table, pairs, output, field_splits, weights, l2, l2_linear
+            table, pairs, output, field_splits, weights, l2, l2_linear, forward_only=_library.is_portable()
         )
         return result, embeddings if return_embeddings else None, linear, penalty
     if isinstance(table, tf.Variable):

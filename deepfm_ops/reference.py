@@ -16,7 +16,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         return interaction(table, pairs, output)[0]
 
 
-def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_linear=0.0):
+def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_linear=0.0, forward_only=False):
     """What the native op computes: (interaction, embeddings, linear, penalty).
 
     Args:
@@ -28,6 +28,7 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
         weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
         l2: strength of a penalty on the table's rows of the batch, each counted once.
         l2_linear: likewise of the weights.
+        forward_only: read a row where it occurs. Faster, but gradients would repeat rows, and there is no penalty.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
@@ -38,6 +39,9 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
 
     """
     pairs = _checked(pairs, _num_rows(table))
+    if forward_only:
+        weight_rows = None if weights is None else _rows(weights, pairs.indices)
+        return *formula(_rows(table, pairs.indices), pairs, output, field_splits, weight_rows), None
     # Gathering each row once makes the gradients of the tables unique and ascending.
     flat = tf.reshape(pairs.indices, [-1])
     unique = tf.sort(tf.unique(flat).y)
@@ -86,8 +90,8 @@ def _num_rows(table):
     return tf.shape(table, tf.int64)[0]
 
 
-def _rows(table, unique):
-    rows = tf.gather(table, unique)
+def _rows(table, indices):
+    rows = tf.gather(table, indices)
     return tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
 
 

@@ -1,0 +1,144 @@
+"""The scorer's file: a zip of uncompressed .npy arrays and a JSON manifest, checksummed as a whole, mapped into memory.
+
+`numpy.load` and any zip tool read it too. Every array starts at a multiple of 64 bytes, so that it can be used where it
+lies and all processes share one copy. The zip's comment, the last bytes of the file, is
+
+    deepfm_ops scorer <format> sha256 <hex digest>
+
+and its digest is the SHA-256 of the SHA-256s of all bytes before the comment's length, in pieces of 16 MiB, which
+threads compute side by side.
+"""
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import mmap
+import os
+import pathlib
+import re
+import struct
+import tempfile
+import zipfile
+
+import numpy as np
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PIECE = 1 << 24
+_COMMENT = re.compile(rb"deepfm_ops scorer (\d+) sha256 ([0-9a-f]{64})\Z")
+_COMMENT_START = b"deepfm_ops scorer "
+_LONGEST_COMMENT = 200
+_ALIGNMENT = 64
+
+
+class ScorerFileError(ValueError):
+    """A file that is not a scorer's, is damaged, or is of a format that this version does not read."""
+
+
+def _digest(content):
+    """Hex digest of a buffer, see above."""
+    pieces = [content[start : start + _PIECE] for start in range(0, len(content), _PIECE)]
+    sha256 = lambda piece: hashlib.sha256(piece).digest()  # noqa: E731
+    if len(pieces) == 1:
+        return hashlib.sha256(sha256(pieces[0])).hexdigest()
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256(b"".join(pool.map(sha256, pieces))).hexdigest()
+
+
+def _write_entry(archive, name, header, data):
+    """One entry whose data start at a multiple of the alignment."""
+    info = zipfile.ZipInfo(name)
+    fixed = archive.fp.tell() + 30 + len(name) + 20  # the local header, with the block that zip64 adds
+    padding = -(fixed + 4 + len(header)) % _ALIGNMENT
+    info.extra = struct.pack("<HH", 0xFFFF, padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=True) as entry:
+        entry.write(header)
+        entry.write(data)
+
+
+def write(path, manifest, arrays):
+    """Writes the file, replacing what is at `path` whole or not at all.
+
+    Args:
+        path: of the file.
+        manifest: a dict for JSON.
+        arrays: {name: NumPy array}.
+
+    """
+    path = pathlib.Path(path)
+    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".new")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                _write_entry(archive, MANIFEST, b"", json.dumps(manifest, default=lambda x: x.item()).encode())
+                for name, array in arrays.items():
+                    header = io.BytesIO()
+                    array = np.ascontiguousarray(array)
+                    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+                    _write_entry(archive, f"{name}.npy", header.getvalue(), array.reshape(-1).view(np.uint8).data)
+            file.flush()
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+                with view[:-2] as covered:  # the last two bytes are the length of the comment
+                    comment = f"deepfm_ops scorer {FORMAT} sha256 {_digest(covered)}".encode()
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", len(comment)) + comment)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(fresh, 0o666 & ~umask)  # temporary files are their owner's alone
+        os.replace(fresh, path)
+    finally:
+        pathlib.Path(fresh).unlink(missing_ok=True)
+
+
+def _checked(path, content):
+    """The digest of the mapped file, once it is known to be right."""
+    tail = content[-_LONGEST_COMMENT:]
+    comment = tail[tail.rfind(_COMMENT_START) :] if _COMMENT_START in tail else b""
+    known = _COMMENT.match(comment)
+    version = re.match(rb"deepfm_ops scorer (\d{1,9}) ", comment)
+    if version and int(version[1]) > FORMAT:
+        raise ScorerFileError(
+            f"{path} is of format {int(version[1])}, this version of deepfm_ops reads {FORMAT}: upgrade deepfm_ops, or "
+            "export the model with this version"
+        )
+    if not known or int(known[1]) != FORMAT:
+        if content[:4] == b"PK\x03\x04" and content[30 : 30 + len(MANIFEST)] == MANIFEST.encode():
+            raise ScorerFileError(f"{path} is damaged: it was cut off, or its end was changed")
+        raise ScorerFileError(f"{path} is not a scorer file; deepfm_ops.export_scorer writes them")
+    end = len(content) - len(comment) - 2
+    with memoryview(content) as view, view[:end] as covered:
+        found = _digest(covered)
+    if found != known[2].decode() or content[end : end + 2] != struct.pack("<H", len(comment)):
+        raise ScorerFileError(f"{path} is damaged: its checksum is {found}, it should be {known[2].decode()}")
+    return found
+
+
+def read(path):
+    """(manifest, {name: array}, digest) of a file that `write` wrote; the arrays are read-only views of the mapping.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ScorerFileError: the file cannot be used; the text says why.
+
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ScorerFileError(f"{path} is empty")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        digest = _checked(path, content)
+        with zipfile.ZipFile(file) as archive:
+            manifest = json.loads(archive.read(MANIFEST))
+            entries = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
+    return manifest, {entry.filename.removesuffix(".npy"): _array(content, entry) for entry in entries}, digest
+
+
+def _array(content, entry):
+    """The array of a zip's entry, where it lies."""
+    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
+    header = io.BytesIO(content[start : start + 4096])
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    return np.frombuffer(content, dtype, int(np.prod(shape)), start + header.tell()).reshape(shape)

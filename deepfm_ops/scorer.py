@@ -1,0 +1,451 @@
+"""Scores a trained model with the kernels and NumPy alone: importing this imports neither TensorFlow nor Keras.
+
+`deepfm_ops.export_scorer` writes the file, anywhere TensorFlow runs; `Scorer.load(path).score(...)` reads it where it
+does not.
+"""
+
+import collections.abc
+import threading
+
+import numpy as np
+
+from deepfm_ops import _scorer_file, features
+from deepfm_ops._scorer_file import ScorerFileError
+
+try:
+    from deepfm_ops import _kernels
+except ImportError:  # a pure-Python install can write files, but not score with them
+    _kernels = None
+
+__all__ = ["Scorer", "ScorerFileError"]
+
+
+def _relu(x):
+    return np.maximum(x, 0, out=x)
+
+
+def _sigmoid(x):
+    np.minimum(np.negative(x, out=x), 88, out=x)  # e^88 is the largest that float32 holds
+    return np.reciprocal(np.add(np.exp(x, out=x), 1, out=x), out=x)
+
+
+def _elu(x, alpha=1.0):
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+
+
+# Keras's activations, on an array that may be overwritten.
+ACTIVATIONS = {
+    "linear": lambda x: x,
+    "relu": _relu,
+    "relu6": lambda x: np.clip(x, 0, 6, out=x),
+    "leaky_relu": lambda x: np.where(x > 0, x, np.float32(0.2) * x),
+    "sigmoid": _sigmoid,
+    "tanh": lambda x: np.tanh(x, out=x),
+    "elu": _elu,
+    "selu": lambda x: np.float32(1.05070098) * _elu(x, np.float32(1.67326324)),
+    "silu": lambda x: x * _sigmoid(x.copy()),
+    "swish": lambda x: x * _sigmoid(x.copy()),
+    "softplus": lambda x: np.logaddexp(x, np.float32(0)),
+}
+
+
+class Scorer:
+    """A model's scores, without TensorFlow.
+
+    Scoring is safe from any number of threads, and the kernels release the GIL. The file is mapped, so that the
+    processes of a machine share one copy of its tables. NumPy's BLAS has threads of its own: a server that scores
+    from several threads sets OPENBLAS_NUM_THREADS=1.
+
+    Attributes:
+        path: the file.
+        digest: SHA-256 of the file's content, hex: the version of the model.
+        info: dict: "task", "table" ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or
+            "matrices"), "names" (of the raw inputs), "num_columns" (of the matrices; None for columns).
+
+    Example:
+        >>> import numpy as np, tempfile, deepfm_ops
+        >>> model = deepfm_ops.DeepFM(num_features=1000, num_fields=3, embedding_dim=8, hidden_units=(32,))
+        >>> path = tempfile.mkdtemp() + "/model.scorer"
+        >>> deepfm_ops.export_scorer(model, path)
+        >>> scorer = deepfm_ops.scorer.Scorer.load(path)
+        >>> scorer.score(np.array([[1, 20, 300], [4, 50, 600]])).shape
+        (2,)
+
+    """
+
+    def __init__(self, path, threads=1):
+        if _kernels is None:
+            raise RuntimeError("scoring needs the compiled kernels, and deepfm_ops was installed without them")
+        self._threads = threads
+        self._turn = threading.Lock()
+        self._model = _Model.read(path, threads)
+        self.path = path
+
+    @classmethod
+    def load(cls, path, threads=1):
+        """Opens a file that `deepfm_ops.export_scorer` wrote, and checks all of it.
+
+        Args:
+            path: of the file. Replace it as a whole (as export_scorer does), never write into it.
+            threads: that one call may use in the kernels.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ScorerFileError: the file is damaged, of a newer format, or not a scorer's.
+
+        """
+        return cls(path, threads)
+
+    @property
+    def digest(self):
+        return self._model.digest
+
+    @property
+    def info(self):
+        return dict(self._model.info)
+
+    def reload(self, path=None):
+        """Opens the file anew, or another one, and scores with it from now on. Calls that run end with the old one.
+
+        Returns:
+            Whether the content is another one.
+
+        Raises:
+            what `load` raises; then the old model stays.
+
+        """
+        with self._turn:
+            path = self.path if path is None else path
+            fresh = _Model.read(path, self._threads)
+            changed = fresh.digest != self._model.digest
+            self._model, self.path = fresh, path
+            return changed
+
+    def score(self, indices, values=None, *, row_splits=None, bag_splits=None):
+        """The scores of a batch.
+
+        Args:
+            indices: int32 or int64 [B, P], the columns of the model's matrix; or [nnz] with row_splits or bag_splits.
+                Or raw features: a dict of equally long lists or arrays, or a pandas DataFrame, for a model that was
+                exported with its FeatureDictionary or made of feature columns.
+            values: numbers, the same shape; None: all ones.
+            row_splits: int64 [B + 1]: sample b owns pairs [row_splits[b], row_splits[b + 1]), each a field of its
+                own; for models without a deep part and without multi-valued fields.
+            bag_splits: int64 [B * F + 1]: field f of sample b owns pairs [bag_splits[b * F + f],
+                bag_splits[b * F + f + 1]), which are summed.
+
+        Returns:
+            float32 [B]: probabilities, or the plain sums for "regression".
+
+        Raises:
+            IndexError: an index outside [0, V).
+            ValueError: shapes or inputs that do not fit the model.
+            TypeError: dtypes that do not fit.
+            KeyError: a missing raw input.
+
+        """
+        model = self._model  # one model for the whole call, whatever reload does
+        if not isinstance(indices, np.ndarray) and (
+            isinstance(indices, collections.abc.Mapping) or hasattr(indices, "columns")
+        ):
+            if values is not None or row_splits is not None or bag_splits is not None:
+                raise ValueError("raw features come alone, without values and splits")
+            return model.score_raw(indices)
+        if model.encoders:
+            raise ValueError(f"this model takes raw inputs: a dict of {model.info['names']}")
+        indices = np.asarray(indices)
+        if indices.dtype.kind not in "iu":
+            raise TypeError(f"indices must be integers, got dtype {indices.dtype}")
+        if indices.dtype != np.int64 and indices.dtype != np.int32:
+            indices = indices.astype(np.int64)
+        indices = np.ascontiguousarray(indices)
+        if values is not None:
+            values = np.asarray(values)
+            if values.dtype != np.float32:
+                if values.dtype.kind not in "fiub":
+                    raise TypeError(f"values must be numbers, got dtype {values.dtype}")
+                values = values.astype(np.float32)
+            values = np.ascontiguousarray(values)
+        if row_splits is None and bag_splits is None:
+            return model.score_matrix(indices, values)
+        if row_splits is not None and bag_splits is not None:
+            raise ValueError("row_splits and bag_splits exclude each other")
+        return model.score_ragged(indices, values, row_splits, bag_splits)
+
+
+class _Lookup:
+    """One table of the file: the arguments of its kernel call."""
+
+    def __init__(self, plan, arrays, threads):
+        self.table = arrays[plan["table"]]
+        self.weights = arrays[plan["weights"]] if plan.get("weights") else None
+        self.encoder = plan["encoder"] or 0  # the matrices count as the only one
+        self.spans = plan["spans"]
+        self.field_sizes = plan["field_sizes"]
+        self.splits = None
+        if any(size != 1 for size in self.field_sizes):
+            self.splits = [0, *np.cumsum(self.field_sizes).tolist()]
+        self.threads = threads
+
+    def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
+        """(interaction, embeddings or None, linear or None)."""
+        interaction, _, e, linear = _kernels.fm_forward(
+            self.table,
+            indices,
+            values,
+            weights=self.weights,
+            row_splits=row_splits,
+            field_splits=self.splits if row_splits is None else None,
+            output=output,
+            return_embeddings=embeddings,
+            threads=self.threads,
+        )
+        return interaction, e, linear
+
+    def pooled(self, e, mask):
+        """The embeddings after max pooling, which only some columns have."""
+        if self.spans is None:
+            return e
+        first_columns = np.concatenate([[0], np.cumsum(self.field_sizes[:-1])]).astype(np.int64)
+        present, parts, first = mask[:, first_columns] > 0, [], 0
+        for fields, is_max in self.spans:
+            part = e[:, first : first + fields]
+            if is_max:
+                here = present[:, first : first + fields, None]
+                part = np.where(here, part, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+                part = np.where(here.any(axis=1, keepdims=True), part, 0).astype(np.float32)
+            parts.append(part)
+            first += fields
+        return np.concatenate(parts, axis=1)
+
+
+class _Model:
+    """What one file says, ready to score. Never changed after it was read."""
+
+    def __init__(self, manifest, arrays, digest, threads):
+        plan = manifest["plan"]
+        self.digest, self.info = digest, manifest["info"]
+        self.first_orders = [_Lookup(part, arrays, threads) for part in plan["first_orders"]]
+        self.lookups = [_Lookup(part, arrays, threads) for part in plan["lookups"]]
+        self.second_order = plan["second_order"]
+        self.encoders = [_Encoder(columns) for columns in plan["encoders"]]
+        self.linear_dense = plan["linear_dense"] and _Dense(plan["linear_dense"])
+        self.deep_dense = plan["deep_dense"] and _Dense(plan["deep_dense"])
+        self.linear_kernel = arrays.get("linear_kernel")
+        self.layers = [
+            (arrays[f"kernel_{i}"], arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
+            for i in range(plan["num_hidden"])
+        ]
+        self.deep = arrays.get("deep")
+        self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
+        self.features = None
+        if manifest["features"] is not None:
+            self.features = features.FeatureDictionary.from_config(manifest["features"])
+        needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
+        self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
+        self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])
+
+    @classmethod
+    def read(cls, path, threads):
+        manifest, arrays, digest = _scorer_file.read(path)
+        return cls(manifest, arrays, digest, threads)
+
+    def score_matrix(self, indices, values):
+        columns = self.info["num_columns"]
+        if indices.ndim != 2 or indices.shape[1] != columns:
+            raise ValueError(f"indices must have shape [B, {columns}], got {indices.shape}")
+        return self._scores([(indices, values, None)], {}, None)
+
+    def score_raw(self, table):
+        if self.features is not None:
+            return self.score_matrix(*self.features.transform(table))
+        if not self.encoders and not self.linear_dense and not self.deep_dense:
+            raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
+        inputs = _raw_inputs(table, self.info["names"])
+        return self._scores([encode(inputs) for encode in self.encoders], inputs, None)
+
+    def score_ragged(self, indices, values, row_splits, bag_splits):
+        splits = np.ascontiguousarray(row_splits if bag_splits is None else bag_splits, np.int64)
+        fields = len((self.lookups or self.first_orders)[0].field_sizes)
+        if row_splits is not None:
+            if self.deep is not None or not self.plain_fields:
+                raise ValueError(
+                    "row_splits need a model without a deep part and without multi-valued fields; use bag_splits"
+                )
+            return self._scores([(indices, values, None)], {}, splits)
+        if splits.ndim != 1 or len(splits) % fields != 1 % fields:
+            raise ValueError(f"bag_splits must have B * {fields} + 1 entries, got shape {splits.shape}")
+        batch = (len(splits) - 1) // fields
+        # Every bag is a sample here: its sum is its field's embedding.
+        parts, embeddings = [], []
+        for first in self.first_orders:
+            parts.append(first(indices, values, "sum", row_splits=splits)[0])
+        for lookup in self.lookups:
+            e, _, linear = lookup(indices, values, "sum", row_splits=splits)
+            embeddings.append(e.reshape(batch, fields, e.shape[1]))
+            if linear is not None:
+                parts.append(linear)
+        parts = [part.reshape(batch, fields).sum(axis=1, keepdims=True) for part in parts]
+        parts += [_second_order(embeddings[lookup]) for lookup in self.second_order]
+        return self._finish(parts, embeddings, {})
+
+    def _scores(self, pairs, inputs, row_splits):
+        """The scores, from the (indices, values, mask) of each encoder, or of the matrices."""
+        parts, embeddings, interactions = [], [], []
+        for first in self.first_orders:
+            indices, values, mask = pairs[first.encoder]
+            if first.spans is None:
+                parts.append(first(indices, values, "sum", row_splits=row_splits)[0])
+            else:
+                e = first(indices, values, embeddings=True)[1]
+                parts.append(first.pooled(e, mask).sum(axis=1))
+        for lookup, needed in zip(self.lookups, self.needs_embeddings, strict=True):
+            indices, values, mask = pairs[lookup.encoder]
+            interaction, e, linear = lookup(indices, values, embeddings=needed, row_splits=row_splits)
+            interactions.append(interaction)
+            embeddings.append(e if e is None else lookup.pooled(e, mask))
+            if linear is not None:
+                parts.append(linear)
+        for group in self.second_order:
+            if isinstance(group, int):
+                parts.append(interactions[group])
+            else:
+                chosen = [embeddings[table][:, field] for table, field in group]
+                parts.append(_second_order(np.stack(chosen, axis=1)))
+        if self.linear_dense:
+            parts.append(self.linear_dense(inputs) @ self.linear_kernel)
+        return self._finish(parts, embeddings, inputs)
+
+    def _finish(self, parts, embeddings, inputs):
+        """Adds the deep part, and applies the sigmoid."""
+        if self.deep is not None:
+            flat = [e.reshape(len(e), e.shape[1] * e.shape[2]) for e in embeddings]
+            if self.deep_dense:
+                flat.append(self.deep_dense(inputs))
+            x = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+            for kernel, bias, activation in self.layers:
+                x = x @ kernel
+                x += bias
+                x = activation(x)
+            parts.append(x @ self.deep)
+        return _kernels.head(parts, self.bias, self.is_binary)
+
+
+def _second_order(e):
+    """[B, F, K] to [B, 1]."""
+    sums = e.sum(axis=1)
+    return np.float32(0.5) * (sums * sums - (e * e).sum(axis=1)).sum(axis=1, keepdims=True)
+
+
+def _raw_inputs(table, names):
+    """{name: array} of a dict or DataFrame."""
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, table.keys()))}")
+    arrays = {name: np.asarray(table[name]) for name in names}
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise ValueError(f"input {name!r} must be a list or an array with an entry per sample")
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"inputs must be equally long, got {lengths}")
+    return arrays
+
+
+def _numbers(inputs, name, width, dtype):
+    """An input as [B, width] of a NumPy dtype."""
+    x = inputs[name]
+    if dtype == np.int64 and x.dtype.kind not in "iu":
+        if x.dtype.kind not in "fb" or not (np.isfinite(x) & (x == np.floor(x))).all():
+            raise TypeError(f"input {name!r} must hold integers, got dtype {x.dtype}")
+    elif x.dtype.kind not in "iufb":
+        raise TypeError(f"input {name!r} must hold numbers, got dtype {x.dtype}")
+    return _shaped(x, name, width).astype(dtype)
+
+
+def _shaped(x, name, width):
+    if x.size != len(x) * width:
+        raise ValueError(f"input {name!r} must have shape [B, {width}], got {x.shape}")
+    return x.reshape(len(x), width)
+
+
+class _Dense:
+    """The numbers of dense columns side by side, [B, sum of their dimensions]."""
+
+    def __init__(self, columns):
+        self.columns = columns  # [(name, dimension)]
+
+    def __call__(self, inputs):
+        return np.concatenate([_numbers(inputs, name, width, np.float32) for name, width in self.columns], axis=1)
+
+
+class _Encoder:
+    """`columns.ColumnEncoder` on NumPy: raw inputs to the pairs of one table."""
+
+    def __init__(self, columns):
+        self.plan = features.TablePlan([features.column_from_plain(column) for column in columns])
+
+    def __call__(self, inputs):
+        indices, values, masks = [], [], []
+        for column in self.plan.columns:
+            start = self.plan.offsets[column.name]
+            if isinstance(column, features.VarLenSparseFeat):
+                index, value, mask = self._sequence(column, inputs)
+            elif isinstance(column, features.SparseFeat):
+                index = self._encode(column, inputs, 1, padded=False)
+                value = mask = np.ones(index.shape, np.float32)
+            else:
+                value = _numbers(inputs, column.name, column.dimension, np.float32)
+                mask = np.ones_like(value)
+                index = np.broadcast_to(np.arange(column.dimension), value.shape)
+            indices.append(index + start)
+            values.append(value)
+            masks.append(mask)
+        return tuple(np.ascontiguousarray(np.concatenate(parts, axis=1)) for parts in (indices, values, masks))
+
+    def _encode(self, column, inputs, width, padded):
+        """int64 [B, width] in [0, vocabulary_size)."""
+        name, size = column.name, column.vocabulary_size
+        if column.vocabulary is None and not column.use_hash:
+            index = _numbers(inputs, name, width, np.int64)
+            bad = (index < 0) | (index >= size)
+            if bad.any():
+                row, place = np.argwhere(bad)[0]
+                raise IndexError(f"column {name}: index in row {row} = {index[row, place]} is not in [0, {size})")
+            return index
+        x = inputs[name]
+        if column.dtype == "string":
+            texts = [features.text_of(value) for value in _shaped(x, name, width).astype(object).flat]
+        else:
+            texts = [str(value) for value in _numbers(inputs, name, width, np.int64).flat]
+        if column.vocabulary is not None:
+            index = np.fromiter((column.vocabulary.get(text, 0) for text in texts), np.int64, len(texts))
+        elif not padded:
+            index = _kernels.hash_buckets(texts, size)
+        else:
+            hashed = np.minimum(1 + _kernels.hash_buckets(texts, max(1, size - 1)), size - 1)
+            is_padding = np.fromiter((text in ("", "0") for text in texts), bool, len(texts))
+            index = np.where(is_padding, 0, hashed)
+        return index.reshape(len(x), width)
+
+    def _sequence(self, column, inputs):
+        """(indices, pooling weights, mask), each [B, maxlen]."""
+        width = column.maxlen
+        index = self._encode(column, inputs, width, padded=True)
+        if column.length_name is None:
+            mask = index != 0
+        else:
+            mask = np.arange(width) < _numbers(inputs, column.length_name, 1, np.int64)
+        present = mask.astype(np.float32)
+        weights = present
+        if column.weight_name is not None:
+            weights = _numbers(inputs, column.weight_name, width, np.float32)
+            if column.weight_norm:
+                weights = np.where(mask, weights, np.finfo(np.float32).min)
+                weights = np.exp(weights - weights.max(axis=1, keepdims=True))
+                weights /= weights.sum(axis=1, keepdims=True)
+            weights = np.where(mask, weights, np.float32(0))
+        if column.combiner == "mean":
+            count = present.sum(axis=1, keepdims=True)
+            weights = np.divide(weights, count, out=np.zeros_like(weights), where=count > 0)
+        return index, weights, present
