@@ -4,6 +4,7 @@
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
+# make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
 # make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
@@ -11,7 +12,9 @@ BIN := .venv/bin
 SERIES := $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"])')
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup test demo bench bench-full bench-train bench-peers sanitize lint format clean
+INDEPENDENT := kernels scorer serve# of the op and its fallback: tested once
+
+.PHONY: setup test demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean
 
 setup: .venv/installed
 
@@ -30,7 +33,7 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
-	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2
+	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 $(INDEPENDENT:%=--ignore=tests/test_%.py)
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -38,6 +41,10 @@ demo: setup
 bench: setup
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/op.py
+	$(BIN)/python bench/report.py
+
+bench-serve: setup
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/report.py
 
 bench-train: setup

@@ -2,6 +2,7 @@
 
 DEEPFM_OPS_BUILD=auto    compile; without a compiler or TensorFlow, install the fallback and say so (default)
 DEEPFM_OPS_BUILD=native  compile, or fail
+DEEPFM_OPS_BUILD=kernels compile what the scorer needs, without TensorFlow, or fail
 DEEPFM_OPS_BUILD=python  do not compile
 """
 
@@ -22,10 +23,10 @@ ROOT = pathlib.Path(__file__).resolve().parent
 VERSIONS = runpy.run_path(str(ROOT / "deepfm_ops" / "_version.py"))
 TENSORFLOW = VERSIONS["TENSORFLOW"]
 MODE = os.environ.get("DEEPFM_OPS_BUILD", "auto")
-if MODE not in ("auto", "native", "python"):
-    sys.exit(f"DEEPFM_OPS_BUILD must be auto, native or python, got {MODE!r}")
+if MODE not in ("auto", "native", "kernels", "python"):
+    sys.exit(f"DEEPFM_OPS_BUILD must be auto, native, kernels or python, got {MODE!r}")
 CXX = os.environ.get("CXX", "c++")
-COMPILE = MODE == "native" or (MODE == "auto" and shutil.which(CXX) is not None)
+COMPILE = MODE in ("native", "kernels") or (MODE == "auto" and shutil.which(CXX) is not None)
 
 FLAGS = {  # one body of the loops, one build per instruction set
     "fm_cpu_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
@@ -54,9 +55,13 @@ class BuildNative(build_ext):
         try:
             kernels = self.compile("kernels", [])
             self.build_module(kernels)
-            built = self.build_op(kernels)
+            if MODE == "kernels":
+                self.library("_native").unlink(missing_ok=True)
+                built = {"error": "deepfm_ops was installed with DEEPFM_OPS_BUILD=kernels, without its op"}
+            else:
+                built = self.build_op(kernels)
         except Exception as error:
-            if MODE == "native":
+            if MODE in ("native", "kernels"):
                 raise
             self.library("_native").unlink(missing_ok=True)
             built = {"error": f"the native library could not be built: {error}"}
@@ -118,17 +123,19 @@ if not COMPILE:  # nothing stale may be taken for this build's
     for stale in [*ROOT.glob("deepfm_ops/*.so"), ROOT / "deepfm_ops" / "_build_info.json"]:
         stale.unlink(missing_ok=True)
 
-TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", "ruff", "clang-format"]
+SERVE = ["fastapi", "uvicorn", "httptools", "orjson"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", *SERVE, "ruff", "clang-format"]
 setup(
     version=VERSIONS["__version__"],
     ext_modules=[Extension(f"deepfm_ops.{name}", sources=[]) for name in ("_kernels", "_native")] if COMPILE else [],
     cmdclass={"build_ext": BuildNative},
-    setup_requires=[f"tensorflow-cpu=={TENSORFLOW}.*"] if COMPILE else [],
+    setup_requires=[f"tensorflow-cpu=={TENSORFLOW}.*"] if COMPILE and MODE != "kernels" else [],
     extras_require={
         "cpu": [f"tensorflow-cpu=={TENSORFLOW}.*"],
         "gpu": [f"tensorflow=={TENSORFLOW}.*"],
         "data": ["pandas"],
         "demo": ["pandas", "matplotlib"],
+        "serve": SERVE,
         "test": TEST,
     },
 )

@@ -208,6 +208,7 @@ def export_scorer(model, path, table="float32", *, features=None):
         "table": table,
         "inputs": "columns" if columns else "matrices" if features is None else "features",
         "names": list(model._input_names) if columns else [f["name"] for f in features.fields] if features else [],
+        "num_features": None if columns else model._config["num_features"],
         "num_columns": None if columns else int(model.inputs[0].shape[1]),
     }
     manifest = {"info": info, "plan": plan, "features": None if features is None else features.to_config()}

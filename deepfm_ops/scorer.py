@@ -60,7 +60,8 @@ class Scorer:
         path: the file.
         digest: SHA-256 of the file's content, hex: the version of the model.
         info: dict: "task", "table" ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or
-            "matrices"), "names" (of the raw inputs), "num_columns" (of the matrices; None for columns).
+            "matrices"), "names" (of the raw inputs), "num_features" and "num_columns" (V and P of the matrices, or
+            None).
 
     Example:
         >>> import numpy as np, tempfile, deepfm_ops

@@ -150,6 +150,27 @@ def test_wheel(tmp_path):
     assert "True | None" in score(tmp_path / "site")
 
 
+def test_a_wheel_for_serving(tmp_path):
+    """Without TensorFlow at build and at run time: the scorer works, the op says why it does not."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "tensorflow.py").write_text("raise ImportError('no TensorFlow here')")
+    done, (wheel,) = build_wheel(tmp_path, "kernels", PYTHONPATH=str(blocked))
+    assert done.returncode == 0, done.stderr
+    names = unpack(wheel, tmp_path / "site")
+    assert any("_kernels" in name for name in names) and "deepfm_ops/_native.so" not in names
+    reason = "deepfm_ops was installed with DEEPFM_OPS_BUILD=kernels, without its op; to build it: pip install"
+    assert f"False | {reason}" in score(tmp_path / "site")
+    model = tmp_path / "model.scorer"
+    deepfm_ops.export_scorer(deepfm_ops.DeepFM(20, 3, 4, (6,)), model)
+    code = f"""
+from deepfm_ops import scorer
+print(scorer.__file__, scorer.Scorer.load({str(model)!r}).score([[0, 1, 2]]).shape)
+"""
+    printed = run_python(code, tmp_path / "site", PYTHONPATH=str(blocked))
+    assert printed == f"{tmp_path / 'site' / 'deepfm_ops' / 'scorer.py'} (1,)\n"
+
+
 @pytest.mark.parametrize("why", ["switch", "no compiler"])
 def test_pure_python_wheel(why, tmp_path):
     environment = {"CXX": "no-such-compiler"} if why == "no compiler" else {}

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import os
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -169,6 +171,28 @@ def test_concurrent_calls(rng):
         for _ in range(5):
             for got, want in zip(pool.map(lambda b: kernels.fm_forward(table, b)[0], batches), expected, strict=True):
                 np.testing.assert_array_equal(got, want)
+
+
+def test_other_threads_run_meanwhile(rng):
+    table, indices = rng.random((1000, 64), np.float32), rng.integers(0, 1000, (20_000, 100))
+    gaps, stop = [], threading.Event()
+
+    def tick():
+        last = time.perf_counter()
+        while not stop.is_set():
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    start = time.perf_counter()
+    for _ in range(5):
+        kernels.fm_forward(table, indices, threads=1)
+    seconds = (time.perf_counter() - start) / 5
+    stop.set()
+    ticking.join()
+    assert np.median(sorted(gaps)[-5:]) < seconds / 2  # a kernel that held the GIL would leave five gaps of its length
 
 
 def test_after_a_fork():

@@ -1,0 +1,332 @@
+"""The example server, in a process of its own: scores are the scorer's, bad requests are told why, swaps drop none."""
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import deepfm_ops
+from deepfm_ops import DeepFM, DenseFeat, FeatureDictionary, SparseFeat, VarLenSparseFeat, deepctr, scorer
+
+pytest.importorskip("deepfm_ops._kernels", reason="a pure-Python install has no kernels")
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+SWITCHES = ["--max-batch", "50", "--max-body", "60000", "--reload-seconds", "0.05"]
+
+
+class Server:
+    def __init__(self, path, log, command=(EXAMPLES / "serve.py",)):
+        self.path, self.log = path, log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, *command, path, "--port", self.port, *SWITCHES]
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen([*map(str, command)], stdout=output, stderr=output)
+        deadline = time.monotonic() + 60
+        while "Uvicorn running" not in log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+
+    def call(self, method, route, body=None, **options):
+        """(status, answer)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, route, body if body is None or options else as_json(body), **options)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def score(self, body):
+        return self.call("POST", "/score", body)
+
+    def version(self):
+        return self.call("GET", "/version")[1]["version"]
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def stop(self):
+        self.process.terminate()
+        return self.process.wait(20)
+
+
+def as_json(body):
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+@contextlib.contextmanager
+def serving(folder, path, **options):
+    server = Server(path, folder / "log", **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def replace(path, other):
+    shutil.copyfile(other, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+@pytest.fixture(scope="module", name="models")
+def _models(tmp_path_factory):
+    """{name: path}."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b")):
+        deepfm_ops.export_scorer(DeepFM(100, 3, 8, (16,), seed=seed), folder / name)
+    table = pd.DataFrame({"user": ["ann", "bob", None], "age": [0.3, 0.5, None], "genres": ["war|drama", "war", None]})
+    features = FeatureDictionary().fit(table, categorical=["user"], numeric=["age"], multivalued=["genres"])
+    model = DeepFM(features.num_features, 3, 4, (5,), field_sizes=features.field_sizes, seed=3)
+    deepfm_ops.export_scorer(model, folder / "features", features=features)
+    columns = [
+        SparseFeat("id", 10, 4),
+        SparseFeat("city", 50, 4, use_hash=True, dtype="string"),
+        VarLenSparseFeat(SparseFeat("tags", 20, 4), maxlen=2),
+        DenseFeat("age", 1),
+    ]
+    deepfm_ops.export_scorer(deepctr.DeepFM(columns, columns, dnn_hidden_units=(5,)), folder / "columns")
+    broken = DeepFM(100, 3, 8, use_deep=False)
+    broken.get_layer("fm").w[0].assign([np.nan])
+    deepfm_ops.export_scorer(broken, folder / "nan")
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", name="server")
+def _server(models, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server"), models["a"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", name="raw")
+def _raw(models, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("raw"), models["features"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", name="columns")
+def _columns(models, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("columns"), models["columns"]) as server:
+        yield server
+
+
+def test_health_and_version(server, models):
+    loaded = scorer.Scorer.load(models["a"])
+    assert server.call("GET", "/health") == (200, {"status": "ok"})
+    expected = {"version": loaded.digest, "model": loaded.info, "deepfm_ops": deepfm_ops.__version__}
+    assert server.call("GET", "/version") == (200, expected)
+
+
+def check(server, path, body, *arguments):
+    status, answer = server.score(body)
+    assert status == 200, answer
+    loaded = scorer.Scorer.load(path)
+    np.testing.assert_array_equal(np.float32(answer["scores"]), loaded.score(*arguments))
+    assert answer.keys() == {"scores", "version"} and answer["version"] == loaded.digest
+
+
+@pytest.mark.parametrize("batch", [1, 2, 50])
+def test_scores_of_matrices(server, models, rng, batch):
+    indices, values = rng.integers(0, 100, (batch, 3)), rng.normal(size=(batch, 3)).astype("f")
+    check(server, models["a"], {"indices": indices.tolist()}, indices)
+    check(server, models["a"], {"indices": indices.tolist(), "values": values.tolist()}, indices, values)
+    long = as_json({"indices": indices.tolist(), "values": values.tolist()}).ljust(40_000)  # scored in a thread
+    check(server, models["a"], long, indices, values)
+
+
+def test_scores_of_raw_features(raw, columns, models):
+    inputs = {"user": ["ann", None, "eve"], "age": [1, None, 0.25], "genres": [["war"], "drama|war", None]}
+    known = {**inputs, "age": [1, float("nan"), 0.25]}  # in JSON, a missing number is null
+    check(raw, models["features"], {"inputs": inputs}, known)
+    check(raw, models["features"], {"indices": [[0, 1, 2, 3]]}, [[0, 1, 2, 3]])
+    inputs = {"id": [1, 9], "city": ["Rome", "東京"], "tags": [[1, 0], [19, 3]], "age": [0.5, 3]}
+    check(columns, models["columns"], {"inputs": inputs}, inputs)
+
+
+GOOD = [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"", 400, "the body is not JSON"),
+        (b'{"indices": [[1, 2, NaN]]}', 400, "the body is not JSON: .* line 1 column 21"),
+        (b'"\xff"', 400, "the body is not JSON"),
+        (b"[" * 5000, 400, "the body is not JSON"),
+        ([1], 422, "the body must be a JSON object"),
+        ({}, 422, r"must hold indices and maybe values, or inputs alone; got \[\]"),
+        ({"indices": GOOD, "value": GOOD}, 422, r"got \['indices', 'value'\]"),
+        ({"indices": GOOD, "inputs": {}}, 422, "or inputs alone"),
+        ({"values": GOOD}, 422, "must hold indices"),
+        ({"inputs": {"user": ["ann"]}}, 422, "this model takes indices and values, no inputs"),
+        ({"indices": 1}, 422, "indices must be a list of lists of 3 numbers each"),
+        ({"indices": [1, 2, 3]}, 422, "indices must be a list of lists"),
+        ({"indices": [[1, 2]]}, 422, "indices must be a list of lists of 3 numbers"),
+        ({"indices": [*GOOD, [1, 2, 3, 4]]}, 422, "indices must be a list of lists of 3 numbers"),
+        ({"indices": [[1, 2, [3]]]}, 422, "indices must hold integers, got lists"),
+        ({"indices": [[1, 2.0, "3"]]}, 422, "indices must hold integers, got fractions and text"),
+        ({"indices": [[1, 2, True]]}, 422, "indices must hold integers, got true or false"),
+        ({"indices": [[1, 2, None]]}, 422, "indices must hold integers, got null"),
+        ({"indices": [[1, 2, 2**63]]}, 422, "indices holds a number that int64 cannot"),
+        ({"indices": [[1, 2, 100]]}, 422, r"indices\[0,2\] = 100 is not in \[0, 100\)"),
+        ({"indices": [[1, 2, -1]]}, 422, r"indices\[0,2\] = -1 is not in"),
+        ({"indices": []}, 422, "the batch is empty"),
+        ({"indices": GOOD, "values": None}, 422, "values must be a list of lists of 3 numbers"),
+        ({"indices": GOOD, "values": [[1, 2, "3"]]}, 422, "values must hold numbers, got text"),
+        ({"indices": GOOD, "values": [[1, 2, 1e39]]}, 422, "values holds a number that float32 cannot"),
+        ({"indices": GOOD, "values": GOOD * 2}, 422, "indices and values must be equally long, got 1 and 2"),
+        ({"indices": GOOD * 51}, 413, "the batch has 51 samples, at most 50 are allowed"),
+        (b" " * 60_001, 413, "the body has more than 60000 bytes"),
+        (b" " * 2_000_000, 413, None),  # not read to its end: the connection is closed
+    ],
+)
+def test_bad_matrices(server, body, status, text):
+    try:
+        found, answer = server.score(body)
+    except ConnectionError:
+        assert text is None
+    else:
+        assert found == status
+        assert re.search(text or "the body has more", answer["detail"])
+    assert server.score({"indices": GOOD})[0] == 200
+
+
+def test_bad_inputs(raw, columns):
+    good = {"user": ["ann"], "age": [1], "genres": ["war"]}
+    for inputs, text in [
+        (good, None),
+        ([], "inputs must be an object with the columns"),
+        ({**good, "city": ["Rome"]}, r"unknown columns \['city'\]"),
+        ({"user": ["ann"]}, r"inputs is missing the columns \['age', 'genres'\]"),
+        ({**good, "age": 1}, "input 'age' must be a list with an entry per sample"),
+        ({**good, "age": [1, 2]}, "inputs must be equally long, got {'user': 1, 'age': 2, 'genres': 1}"),
+        ({**good, "age": ["x"]}, "'age' must hold numbers"),
+        ({**good, "genres": [3]}, "'genres': an entry must be a list or a string"),
+        ({**good, "user": [{}]}, "input 'user' must hold text, numbers, or lists of them, got objects"),
+        ({**good, "genres": [[["war"]]]}, "input 'genres' must hold .* got lists in them"),
+        ({name: [] for name in good}, "the batch is empty"),
+    ]:
+        status, answer = raw.score({"inputs": inputs})
+        assert status == 200 if text is None else status == 422 and re.search(text, answer["detail"]), answer
+    assert raw.score({"inputs": {name: column * 51 for name, column in good.items()}})[0] == 413
+
+    good = {"id": [1, 9], "city": ["Rome", "x" * 10_000], "tags": [[1, 0], [19, 3]], "age": [0.5, 3]}
+    for inputs, text in [
+        (good, None),
+        ({**good, "id": [1, 10]}, r"id: index in row 1 = 10 is not in \[0, 10\)"),
+        ({**good, "id": [1, "2"]}, "input 'id' must hold integers"),
+        ({**good, "age": [1, None]}, "input 'age' must hold numbers"),
+        ({**good, "tags": [[1], [19, 3]]}, "input 'tags' must hold equally long lists"),
+        ({**good, "tags": [[1, 2, 3]] * 2}, r"input 'tags' must have shape \[B, 2\]"),
+    ]:
+        status, answer = columns.score({"inputs": inputs})
+        assert status == 200 if text is None else status == 422 and re.search(text, answer["detail"]), answer
+    assert "this model takes inputs" in columns.score({"indices": GOOD})[1]["detail"]
+
+
+def test_routes_that_are_none(server):
+    assert server.call("GET", "/") == (404, {"detail": "Not Found"})
+    assert server.call("GET", "/score")[0] == 405
+
+
+def test_bodies_without_a_length(server, models):
+    def call(body, pieces):
+        size = -(-len(body) // pieces)
+        chunks = [body[start : start + size] for start in range(0, len(body), size)]
+        headers = {"Transfer-Encoding": "chunked"}
+        return server.call("POST", "/score", iter(chunks), encode_chunked=True, headers=headers)
+
+    status, answer = call(as_json({"indices": GOOD}), 5)
+    assert status == 200
+    np.testing.assert_array_equal(np.float32(answer["scores"]), scorer.Scorer.load(models["a"]).score(GOOD))
+    assert call(b" " * 60_001, 30) == (413, {"detail": "the body has more than 60000 bytes"})
+
+
+def test_scores_that_are_no_numbers_are_null(models, tmp_path):
+    with serving(tmp_path, models["nan"]) as server:
+        status, answer = server.score({"indices": [[0, 1, 2], [1, 2, 3]]})
+    assert status == 200
+    assert answer["scores"][0] is None and 0 < answer["scores"][1] < 1
+
+
+def test_reload(models, tmp_path):
+    path = tmp_path / "served"
+    shutil.copyfile(models["a"], path)
+    digests = {name: scorer.Scorer.load(models[name]).digest for name in "ab"}
+    with serving(tmp_path, path) as server:
+        assert server.version() == digests["a"]
+        replace(path, models["b"])
+        server.wait_for(lambda: server.version() == digests["b"])
+        check(server, models["b"], {"indices": GOOD}, GOOD)
+
+        cut = tmp_path / "cut"
+        cut.write_bytes(models["a"].read_bytes()[:-50])
+        replace(path, cut)
+        server.wait_for(lambda: "the old model stays:" in server.log.read_text())
+        path.unlink()
+        server.wait_for(lambda: "the old model stays for now: FileNotFoundError" in server.log.read_text())
+        check(server, models["b"], {"indices": GOOD}, GOOD)
+
+        replace(path, models["a"])  # and after all that it still looks
+        server.wait_for(lambda: server.version() == digests["a"])
+        assert server.log.read_text().count("is damaged") == 1  # one line per file, not one per look
+        assert server.stop() in (0, -15)
+        assert "Application shutdown complete" in server.log.read_text()
+
+
+@pytest.mark.parametrize("content", [None, b"something else"])
+def test_nothing_to_serve(tmp_path, content):
+    path = tmp_path / "m"
+    if content is not None:
+        path.write_bytes(content)
+    command = [sys.executable, str(EXAMPLES / "serve.py"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert ("No such file" if content is None else "is not a scorer file") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_load_while_the_model_is_swapped(models):
+    both = [str(models[name]) for name in "ab"]
+    command = [sys.executable, str(EXAMPLES / "load_test.py"), "--serve", both[0], "--swap", *both]
+    done = subprocess.run([*command, "--seconds", "2.5"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = re.search(
+        r"([\d,]+) answers, 0 failed or dropped\n.* replaced (\d+) times; .* change (\d+) times", done.stdout
+    )
+    answers, swaps, changes = (int(number.replace(",", "")) for number in found.groups())
+    assert answers > 100 and swaps >= 3 and changes >= 2
+
+
+def test_the_load_test_sees_failures(server, models, tmp_path):
+    body = tmp_path / "body"
+    body.write_bytes(as_json({"indices": [[1, 2, 1000]]}))
+    command = [sys.executable, str(EXAMPLES / "load_test.py"), "--url", f"http://127.0.0.1:{server.port}"]
+    done = subprocess.run([*command, "--body", str(body)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "422" in done.stderr
+
+
+def test_the_server_imports_no_tensorflow(models, tmp_path):
+    """Nor Keras and pandas: it starts and scores where none of them can be imported."""
+    script = tmp_path / "without.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['tensorflow', 'keras', 'pandas']))\n"
+        f"sys.argv[0] = {str(EXAMPLES / 'serve.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    inputs = {"user": ["ann"], "age": [1], "genres": ["war"]}
+    with serving(tmp_path, models["features"], command=(script,)) as server:
+        assert server.score({"inputs": inputs})[0] == 200
