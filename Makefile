@@ -5,7 +5,7 @@
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
-# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn
+# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn, ONNX
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
@@ -64,6 +64,8 @@ bench-peers:
 	$(PYTHON) -m venv .venv-xlearn
 	.venv-xlearn/bin/python -m pip install --quiet setuptools wheel numpy scipy pandas scikit-learn
 	USER=bench .venv-xlearn/bin/python -m pip install --quiet --no-build-isolation xlearn==0.40a1
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --quiet "tensorflow-cpu==$(SERIES).*" tf2onnx==1.17.0 onnxruntime==1.32.0 onnx==1.23.2
 
 # The kernels under sanitizers, in a program without Python and TensorFlow.
 CASES ?= 50000

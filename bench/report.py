@@ -1,9 +1,10 @@
-"""Writes bench/RESULTS.md and its pictures from what bench/op.py, kernels.py and train.py measured."""
+"""Writes bench/RESULTS.md and its pictures from what bench/op.py, kernels.py, train.py and serve.py measured."""
 
 import json
 import pathlib
 
 import matplotlib
+import report_serve
 import report_train
 from common import Case
 
@@ -180,7 +181,7 @@ def main():
     lines = [
         "# Results",
         "",
-        "Written by `make bench` and `make bench-train`; change nothing here by hand.",
+        "Written by `make bench`, `make bench-train` and `make bench-serve`; change nothing here by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
         "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
@@ -211,6 +212,8 @@ def main():
     ]
     if (RESULTS / "train.json").exists():
         lines += report_train.lines(json.loads((RESULTS / "train.json").read_text()), RESULTS)
+    if (RESULTS / "serve.json").exists():
+        lines += report_serve.lines(json.loads((RESULTS / "serve.json").read_text()), RESULTS)
     lines.append("")
     (HERE / "RESULTS.md").write_text("\n".join(lines))
     print("\n".join(report.target_table()))

