@@ -17,8 +17,9 @@ import mmap
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import struct
-import tempfile
 import zipfile
 
 import numpy as np
@@ -66,10 +67,10 @@ def write(path, manifest, arrays):
         arrays: {name: NumPy array}.
 
     """
-    path = pathlib.Path(path)
-    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".new")
+    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with open(fresh, "x+b") as file:
             with zipfile.ZipFile(file, "w") as archive:
                 _write_entry(archive, MANIFEST, b"", json.dumps(manifest, default=lambda x: x.item()).encode())
                 for name, array in arrays.items():
@@ -85,12 +86,11 @@ def write(path, manifest, arrays):
             file.write(struct.pack("<H", len(comment)) + comment)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(fresh, 0o666 & ~umask)  # temporary files are their owner's alone
+        if path.exists():
+            shutil.copymode(path, fresh)
         os.replace(fresh, path)
     finally:
-        pathlib.Path(fresh).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
 
 
 def _checked(path, content):

@@ -1,6 +1,7 @@
 """DeepFM over feature columns: what `DeepFM.from_columns` returns."""
 
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ from deepfm_ops._parts import (
     table_l2,
     weights_l2,
 )
-from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_specs, text_of
+from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_array, input_specs
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 
 
@@ -147,27 +148,14 @@ class ColumnDeepFM(ConfiguredModel):
         """One input in the shape and kind that the model has for it."""
         shape, kind = self._input_specs[name]
         if not tf.is_tensor(column):
-            column = np.asarray(column, dtype=object if kind == "string" else None)
-            if kind == "string":
-                column = np.vectorize(text_of, otypes=[object])(column) if column.size else column
-            elif column.dtype.kind not in "iufb":
-                raise TypeError(f"input {name!r} must hold numbers, got dtype {column.dtype}")
-            elif kind == "int64" and column.dtype.kind == "f":
-                if not (np.isfinite(column) & (column == np.floor(column))).all():
-                    raise TypeError(f"input {name!r} must hold integers, got {column.dtype} with fractions or NaN")
-                column = column.astype(np.int64)
-        batch = column.shape[0] if len(column.shape) else 1
+            column = input_array(name, column, shape, kind)
+            # Keras slices no NumPy array of text.
+            return tf.constant(column, tf.string, shape=column.shape) if kind == "string" else column
         if tuple(column.shape[1:]) != shape:
-            if int(np.prod(column.shape[1:])) != int(np.prod(shape)):
+            if math.prod(column.shape[1:]) != math.prod(shape):
                 raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {tuple(column.shape)}")
-            reshape = tf.reshape if tf.is_tensor(column) else np.reshape
-            column = reshape(column, (batch, *shape))
-        # Keras slices no NumPy array of text.
-        return (
-            tf.constant(column, tf.string, shape=column.shape)
-            if kind == "string" and not tf.is_tensor(column)
-            else column
-        )
+            column = tf.reshape(column, (column.shape[0] if len(column.shape) else 1, *shape))
+        return column
 
     # Keras asks these for arrays, or for something it can iterate over.
 

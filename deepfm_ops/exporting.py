@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import re
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.trackable import resource
 
 from deepfm_ops import _library, _scorer_file, scorer
 from deepfm_ops import columns as _columns
@@ -41,6 +43,8 @@ def export(model, path, portable=True, *, features=None):
         raise TypeError(f"model must be a functional Keras model, got {type(model).__name__}")
     if len(model.outputs) != 1:
         raise ValueError(f"model must have one output, got {len(model.outputs)}")
+    if dense := [x.name for x in model.inputs if getattr(x, "sparse", False) or getattr(x, "ragged", False)]:
+        raise ValueError(f"inputs {dense} are ragged or sparse, which a signature here cannot have")
     native = None if portable else _library.native_ops("native")
     encoder = None if features is None else _DictionaryEncoder(_fitting(model, features))
     specs = (
@@ -48,6 +52,8 @@ def export(model, path, portable=True, *, features=None):
         if encoder is None
         else encoder.specs
     )
+
+    _check_names([spec.name for spec in specs])
 
     @tf.function(input_signature=[{spec.name: spec for spec in specs}])
     def score(inputs):
@@ -62,7 +68,7 @@ def export(model, path, portable=True, *, features=None):
     with _library.portable() if portable else contextlib.nullcontext():
         signature = score.get_concrete_function()
     module = tf.Module()  # what the signature uses must hang on it
-    module.parts = [variable.value for variable in model.variables], _lookup_tables(model), encoder
+    module.parts = [variable.value for variable in model.variables], _resources(model), encoder
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
 
 
@@ -84,10 +90,29 @@ def _fitting(model, features):
     return features
 
 
-def _lookup_tables(model):
-    """The vocabularies of the model's encoders."""
-    encoders = [layer for layer in model.layers if isinstance(layer, _columns.ColumnEncoder)]
-    return [table for encoder in encoders for table in encoder.vocabularies.values()]
+def _check_names(names):
+    """Raises for names that TensorFlow would change or refuse."""
+    seen = {}
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name == "self":
+            raise ValueError(
+                f"input {name!r}: in a SavedModel a name is a letter, then letters, digits and _, and not 'self'; "
+                "rename the column"
+            )
+        if seen.setdefault(name.lower(), name) != name:
+            raise ValueError(
+                f"inputs {seen[name.lower()]!r} and {name!r} differ in case alone, which a SavedModel cannot"
+            )
+
+
+def _resources(model):
+    """The lookup tables of the model's layers, those of nested models too."""
+    found = []
+    for layer in model._flatten_layers():
+        for value in vars(layer).values():
+            parts = value.values() if isinstance(value, dict) else [value]
+            found += [part for part in parts if isinstance(part, resource.CapturableResource)]
+    return found
 
 
 class _DictionaryEncoder(tf.Module):
@@ -100,10 +125,11 @@ class _DictionaryEncoder(tf.Module):
         for field in features.fields:
             dtype, table = tf.float32, None
             if field["kind"] != "numeric":
-                dtype, keys = _keys(field)
-                values = tf.range(field["start"], field["start"] + len(field["values"]), dtype=tf.int64)
-                content = tf.lookup.KeyValueTensorInitializer(keys, values)
-                table = tf.lookup.StaticHashTable(content, default_value=0)
+                dtype, keys = _keys(field, features.separator)
+                if field["values"]:
+                    values = tf.range(field["start"], field["start"] + len(field["values"]), dtype=tf.int64)
+                    content = tf.lookup.KeyValueTensorInitializer(keys, values)
+                    table = tf.lookup.StaticHashTable(content, default_value=0)
             self.specs.append(tf.TensorSpec([None], dtype, field["name"]))
             self.tables.append(table)
 
@@ -111,7 +137,10 @@ class _DictionaryEncoder(tf.Module):
         indices, values = [], []
         for field, table in zip(self.features.fields, self.tables, strict=True):
             x = inputs[field["name"]]
-            if field["kind"] == "multivalued":
+            if field["kind"] != "numeric" and table is None:  # nothing was seen in it
+                index = tf.zeros((tf.size(x), field["size"]), tf.int64)
+                value = tf.zeros(tf.shape(index))
+            elif field["kind"] == "multivalued":
                 index, value = self._multivalued(field, table, x)
             elif field["kind"] == "numeric":
                 known = tf.logical_not(tf.math.is_nan(x))
@@ -135,18 +164,30 @@ class _DictionaryEncoder(tf.Module):
         return known.to_tensor(shape=(None, size)), tf.where(present, share, 0.0)
 
 
-def _keys(field):
+def _keys(field, separator):
     """(dtype of the input, the values of a categorical or multivalued field as keys of a lookup table)."""
     values, name = field["values"], field["name"]
     kinds = {{str: "text", float: "fraction"}.get(type(value), "integer") for value in values}
+    if "text" in kinds and len(kinds) > 1:
+        raise ValueError(f"column {name!r} holds text and numbers, which one input of a SavedModel cannot")
     if field["kind"] == "multivalued":
-        return tf.string, tf.constant([str(value) for value in values], tf.string)
+        texts = [str(value) for value in values]
+        for text in texts:
+            if text.split(separator) != [text] or not text:
+                raise ValueError(
+                    f"column {name!r} has the value {text!r}, which text separated by {separator!r} cannot hold"
+                )
+        return tf.string, tf.constant(texts, tf.string)
     if kinds <= {"text"}:
         return tf.string, tf.constant(values, tf.string)
-    if "text" in kinds:
-        raise ValueError(f"column {name!r} holds text and numbers, which one input of a SavedModel cannot")
     if "fraction" in kinds:
-        return tf.float64, _bits(tf.constant([float(value) for value in values], tf.float64))
+        try:
+            numbers = [float(value) for value in values]
+        except OverflowError:
+            numbers = []
+        if len(set(numbers)) != len(values):
+            raise ValueError(f"column {name!r} holds numbers that float64 cannot tell apart, or hold")
+        return tf.float64, _bits(tf.constant(numbers, tf.float64))
     if any(not -(2**63) <= value < 2**63 for value in values):
         raise ValueError(f"column {name!r} holds integers of more than 64 bits")
     return tf.int64, tf.constant([int(value) for value in values], tf.int64)
@@ -181,15 +222,15 @@ def export_scorer(model, path, table="float32", *, features=None):
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     if features is not None:
         _fitting(model, features)
-    arrays, plan = {}, dataclasses.asdict(model._plan)
-    plan["encoders"] = [_plain(model.get_layer(f"encode_{i}").columns) for i in range(plan.pop("num_encoders"))]
-    plan["first_orders"] = [_table(model, part, arrays, table) for part in plan["first_orders"]]
-    plan["lookups"] = [_table(model, part, arrays, table) for part in plan["lookups"]]
-    layers = {layer.name: layer for layer in model.layers}
+    layers = {layer.name: layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)}
+    arrays, plan = {}, _used(dataclasses.asdict(model._plan), layers)
+    plan["encoders"] = [_plain(layers[name].columns) for name in plan["encoders"]]
+    plan["first_orders"] = [_table(layers, part, arrays, table) for part in plan["first_orders"]]
+    plan["lookups"] = [_table(layers, part, arrays, table) for part in plan["lookups"]]
     plan["linear_dense"] = _dense(layers.get("linear_dense"))
     plan["deep_dense"] = _dense(layers.get("deep_dense"))
     if "linear_kernel" in layers:
-        arrays["linear_kernel"] = _array(layers["linear_kernel"].kernel)
+        arrays["linear_kernel"] = _kernel(layers["linear_kernel"])
     plan["num_hidden"] = 0
     plan["activation"] = model._config.get("activation", model._config.get("dnn_activation"))
     while f"hidden_{plan['num_hidden']}" in layers:
@@ -197,18 +238,26 @@ def export_scorer(model, path, table="float32", *, features=None):
         kernel, bias = _folded(layers[f"hidden_{number}"], layers.get(f"batch_norm_{number}"))
         arrays |= {f"kernel_{number}": quantized(kernel) if table == "int8" else kernel, f"bias_{number}": bias}
         plan["num_hidden"] += 1
-    if plan["num_hidden"] and plan["activation"] not in scorer.ACTIVATIONS:
+    known = isinstance(plan["activation"], str) and plan["activation"] in scorer.ACTIVATIONS
+    if plan["num_hidden"] and not known:
         known = ", ".join(scorer.ACTIVATIONS)
         raise ValueError(f"the scorer has the activations {known}; this model has {plan['activation']!r}")
     if "deep" in layers:
-        arrays["deep"] = _array(layers["deep"].kernel)
+        arrays["deep"] = _kernel(layers["deep"])
     arrays["bias"] = _array(layers["head"].bias)
-    columns = bool(getattr(model, "_input_names", None))
+    specs = getattr(model, "_input_specs", None)
+    plan["inputs"] = None if specs is None else {name: (list(shape), kind) for name, (shape, kind) in specs.items()}
+    kinds = {} if features is None else {field["name"]: field["kind"] for field in features.fields}
+    if specs is not None:
+        kinds = {name: kind for name, (_, kind) in specs.items()}
+        if "bfloat16" in kinds.values():
+            raise ValueError("the scorer has no inputs of bfloat16; give the DenseFeat another dtype")
+    columns = specs is not None
     info = {
         "task": model._config["task"],
         "table": table,
         "inputs": "columns" if columns else "matrices" if features is None else "features",
-        "names": list(model._input_names) if columns else [f["name"] for f in features.fields] if features else [],
+        "kinds": kinds,
         "num_features": None if columns else model._config["num_features"],
         "num_columns": None if columns else int(model.inputs[0].shape[1]),
     }
@@ -216,23 +265,51 @@ def export_scorer(model, path, table="float32", *, features=None):
     _scorer_file.write(path, manifest, arrays)
 
 
+def _used(plan, layers):
+    """The plan without what Keras left out of the model because nothing uses it."""
+    lookups = [number for number, part in enumerate(plan["lookups"]) if part["layer"] in layers]
+    second_order = []
+    for group in plan["second_order"]:
+        pairs = [(lookups.index(table), field) for table, field in group] if isinstance(group, list) else None
+        second_order.append(lookups.index(group) if pairs is None else pairs)
+    parts = [*plan["first_orders"], *(plan["lookups"][number] for number in lookups)]
+    encoders = sorted({part["encoder"] for part in parts} - {None})
+    for part in parts:
+        part["encoder"] = None if part["encoder"] is None else encoders.index(part["encoder"])
+    return {
+        "first_orders": plan["first_orders"],
+        "lookups": [plan["lookups"][number] for number in lookups],
+        "second_order": second_order,
+        "encoders": [f"encode_{number}" for number in encoders],
+    }
+
+
 def _array(variable):
-    return np.asarray(tf.cast(variable.value, tf.float32))
+    return keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
+
+
+def _kernel(layer):
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise ValueError(f"layer {layer.name!r} was quantized by Keras ({layer.quantization_mode}); export it before")
+    return _array(layer.kernel)
 
 
 def _plain(columns):
     """Columns as JSON-ready dicts, with what their encoding needs alone."""
     for column in columns:
         _refuse_transform(column)
-    return [_columns.column_to_config(_columns.encoding(column)) for column in columns]
+    configs = [_columns.column_to_config(_columns.encoding(column)) for column in columns]
+    for config in configs:
+        config.get("sparsefeat", config).pop("vocabulary_path", None)  # its content is in the vocabulary
+    return configs
 
 
 def _dense(layer):
-    """[(name, dimension)] of a `DenseColumns`."""
+    """The names of the columns of a `DenseColumns`."""
     columns = [] if layer is None else layer.columns
     for column in columns:
         _refuse_transform(column)
-    return [(column.name, column.dimension) for column in columns]
+    return [column.name for column in columns]
 
 
 def _refuse_transform(column):
@@ -243,9 +320,9 @@ def _refuse_transform(column):
         )
 
 
-def _table(model, part, arrays, kind):
+def _table(layers, part, arrays, kind):
     """The plan of a table for the scorer; its rows go to `arrays`."""
-    layer = model.get_layer(part["layer"])
+    layer = layers[part["layer"]]
     weights = getattr(layer, "w", None)
     rows = layer.embeddings if hasattr(layer, "embeddings") else None
     if rows is None:  # a first order alone is a table of one column
@@ -267,7 +344,7 @@ def _table(model, part, arrays, kind):
 
 def _folded(layer, norm):
     """(kernel, bias) of a dense layer and the normalization behind it."""
-    kernel, bias = _array(layer.kernel), _array(layer.bias)
+    kernel, bias = _kernel(layer), _array(layer.bias)
     if norm is None:
         return kernel, bias
     gamma, beta, mean, variance = (
@@ -298,8 +375,9 @@ def _wide(bits):
 def quantized(rows, weights=None):
     """Rows as the kernels' int8: uint8 [V, K + 6] of scale, offset and weight as bfloat16, then the codes.
 
-    The offset is the row's minimum rounded down and the scale what its maximum then needs, rounded up, so that no
-    element is clipped: the error is at most half of the scale, about (max - min) / 510.
+    The offset is the row's minimum rounded down to 8 bits of precision, and the scale what its maximum then needs,
+    rounded up, so that no element is clipped. The error is at most half of the scale: about (max - min) / 510 for rows
+    around zero, and up to |min| / 65,000 more for rows far from it.
 
     Args:
         rows: float32 [V, K].
@@ -319,6 +397,8 @@ def quantized(rows, weights=None):
             raise ValueError(f"row {start + int(np.argmin(finite))} of a table holds NaN or infinity")
         header[here, 1] = _outward(x.min(axis=1), up=False)
         offset = _wide(header[here, 1]).astype(np.float64)[:, np.newaxis]
+        if not np.isfinite(offset).all():
+            raise ValueError(f"row {start + int(np.argmin(np.isfinite(offset)))} of a table is too large for int8")
         header[here, 0] = _outward(((x.max(axis=1, keepdims=True) - offset) / 255).astype(np.float32)[:, 0], up=True)
         scale = _wide(header[here, 0]).astype(np.float64)[:, np.newaxis]
         codes = np.divide(x - offset, scale, out=np.zeros(x.shape), where=scale > 0)

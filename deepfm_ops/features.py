@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -215,9 +216,49 @@ def get_feature_names(feature_columns: Sequence) -> list[str]:
 
 def text_of(value):
     """A cell as text; a missing one is the empty string."""
-    if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value):
-        return ""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return "" if _is_missing(value) else value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def input_array(name, column, shape, kind):
+    """An input of feature columns as the model takes it.
+
+    Args:
+        name: for errors.
+        column: anything that NumPy makes an array of.
+        shape: of a sample.
+        kind: "string", "int64" or a float dtype.
+
+    Returns:
+        [B, *shape]: str objects, int64, or numbers.
+
+    Raises:
+        TypeError: other content.
+        ValueError: another shape.
+
+    """
+    # As objects, or NumPy would make text of numbers, and numbers of other numbers, before they are written out.
+    try:
+        column = np.asarray(column, dtype=object if kind == "string" else None)
+    except ValueError:
+        raise ValueError(f"input {name!r} must hold equally long lists") from None
+    if kind == "string":
+        if any(isinstance(value, list | tuple | np.ndarray) for value in column.flat):
+            raise ValueError(f"input {name!r} must hold equally long lists")
+        texts = [text_of(value) for value in column.flat]
+        column = np.fromiter(texts, object, len(texts)).reshape(column.shape)
+    elif column.dtype.kind not in "iufb":
+        raise TypeError(f"input {name!r} must hold numbers, got dtype {column.dtype}")
+    elif kind == "int64":
+        if column.dtype.kind == "f" and not (np.isfinite(column) & (column == np.floor(column))).all():
+            raise TypeError(f"input {name!r} must hold integers, got {column.dtype} with fractions or NaN")
+        if column.dtype.kind in "fu" and ((column < -(2.0**63)) | (column >= 2.0**63)).any():
+            raise TypeError(f"input {name!r} must hold integers of at most 64 bits")
+        column = column.astype(np.int64)
+    if column.shape[1:] != tuple(shape):
+        if math.prod(column.shape[1:]) != math.prod(shape):
+            raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {column.shape}")
+        column = column.reshape(column.shape[0] if column.ndim else 1, *shape)
+    return column
 
 
 class TablePlan:
@@ -422,7 +463,10 @@ class FeatureDictionary:
             fresh.unlink(missing_ok=True)
 
     def to_config(self):
-        """The dictionary as a JSON-ready dict, for `from_config`."""
+        """The dictionary as a JSON-ready dict, for `from_config`. Raises ValueError for names that JSON cannot hold."""
+        for field in self.fields:
+            if not isinstance(field["name"], str | int):
+                raise ValueError(f"column {field['name']!r}: a name must be text to be saved")
         return {"format": self.FORMAT, "separator": self.separator, "fields": self.fields}
 
     @classmethod
@@ -431,7 +475,9 @@ class FeatureDictionary:
         if content["format"] != cls.FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {cls.FORMAT}")
         loaded = cls()
-        loaded.separator = str(content["separator"])
+        loaded.separator = content["separator"]
+        if not isinstance(loaded.separator, str | None):
+            raise ValueError(f"separator {loaded.separator!r} is no text")
         for field in content["fields"]:
             kind, size, values = field["kind"], field["size"], field["values"]
             good = kind in ("categorical", "numeric", "multivalued") and isinstance(values, list)
@@ -481,7 +527,8 @@ def _num_rows(df, names):
 
 def _is_missing(value):
     # pandas.NA has no truth value, so it is known by its name; NumPy's float64 is a float.
-    return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+    kinds = (float, np.floating)
+    return value is None or type(value).__name__ == "NAType" or (isinstance(value, kinds) and bool(value != value))
 
 
 def _category(value, name):
@@ -530,5 +577,5 @@ def _numbers(df, name):
             raise TypeError(f"column {name!r} must hold numbers: {error}") from None
     try:
         return np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"column {name!r} must hold numbers: {error}") from None

@@ -5,6 +5,7 @@ does not.
 """
 
 import collections.abc
+import math
 import threading
 
 import numpy as np
@@ -60,7 +61,8 @@ class Scorer:
         path: the file.
         digest: SHA-256 of the file's content, hex: the version of the model.
         info: dict: "task", "table" ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or
-            "matrices"), "names" (of the raw inputs), "num_features" and "num_columns" (V and P of the matrices, or
+            "matrices"), "kinds" (by name of a raw input: "categorical", "numeric", "multivalued"; for columns
+            "string", "int64" or a float dtype), "num_features" and "num_columns" (V and P of the matrices, or
             None).
 
     Example:
@@ -152,10 +154,10 @@ class Scorer:
             if values is not None or row_splits is not None or bag_splits is not None:
                 raise ValueError("raw features come alone, without values and splits")
             return model.score_raw(indices)
-        if model.encoders:
-            raise ValueError(f"this model takes raw inputs: a dict of {model.info['names']}")
+        if model.inputs is not None:
+            raise ValueError(f"this model takes raw inputs: a dict of {list(model.inputs)}")
         indices = np.asarray(indices)
-        if indices.dtype.kind not in "iu":
+        if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices must be integers, got dtype {indices.dtype}")
         if indices.dtype != np.int64 and indices.dtype != np.int32:
             indices = indices.astype(np.int64)
@@ -230,8 +232,7 @@ class _Model:
         self.lookups = [_Lookup(part, arrays, threads) for part in plan["lookups"]]
         self.second_order = plan["second_order"]
         self.encoders = [_Encoder(columns) for columns in plan["encoders"]]
-        self.linear_dense = plan["linear_dense"] and _Dense(plan["linear_dense"])
-        self.deep_dense = plan["deep_dense"] and _Dense(plan["deep_dense"])
+        self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.linear_kernel = arrays.get("linear_kernel")
         self.layers = [
             (_decoded(arrays[f"kernel_{i}"]), arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
@@ -260,13 +261,16 @@ class _Model:
     def score_raw(self, table):
         if self.features is not None:
             return self.score_matrix(*self.features.transform(table))
-        if not self.encoders and not self.linear_dense and not self.deep_dense:
+        if self.inputs is None:
             raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
-        inputs = _raw_inputs(table, self.info["names"])
+        inputs = _raw_inputs(table, self.inputs)
         return self._scores([encode(inputs) for encode in self.encoders], inputs, None)
 
     def score_ragged(self, indices, values, row_splits, bag_splits):
-        splits = np.ascontiguousarray(row_splits if bag_splits is None else bag_splits, np.int64)
+        splits = np.asarray(row_splits if bag_splits is None else bag_splits)
+        if splits.dtype.kind not in "iu":
+            raise TypeError(f"splits must be integers, got dtype {splits.dtype}")
+        splits = np.ascontiguousarray(splits, np.int64)
         fields = len((self.lookups or self.first_orders)[0].field_sizes)
         if row_splits is not None:
             if self.deep is not None or not self.plain_fields:
@@ -314,15 +318,15 @@ class _Model:
                 chosen = [embeddings[table][:, field] for table, field in group]
                 parts.append(_second_order(np.stack(chosen, axis=1)))
         if self.linear_dense:
-            parts.append(self.linear_dense(inputs) @ self.linear_kernel)
+            numbers = np.concatenate([inputs[name] for name in self.linear_dense], axis=1)
+            parts.append(numbers.astype(np.float32, copy=False) @ self.linear_kernel)
         return self._finish(parts, embeddings, inputs)
 
     def _finish(self, parts, embeddings, inputs):
         """Adds the deep part, and applies the sigmoid."""
         if self.deep is not None:
             flat = [e.reshape(len(e), e.shape[1] * e.shape[2]) for e in embeddings]
-            if self.deep_dense:
-                flat.append(self.deep_dense(inputs))
+            flat += [inputs[name].astype(np.float32, copy=False) for name in self.deep_dense]
             x = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
             for kernel, bias, activation in self.layers:
                 x = x @ kernel
@@ -346,46 +350,23 @@ def _second_order(e):
     return np.float32(0.5) * (sums * sums - (e * e).sum(axis=1)).sum(axis=1, keepdims=True)
 
 
-def _raw_inputs(table, names):
-    """{name: array} of a dict or DataFrame."""
-    missing = [name for name in names if name not in table]
+def _raw_inputs(table, specs):
+    """{name: array [B, size]} of a dict or DataFrame: str objects, int64 or float32."""
+    missing = [name for name in specs if name not in table]
     if missing:
         raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, table.keys()))}")
-    arrays = {name: np.asarray(table[name]) for name in names}
-    for name, array in arrays.items():
-        if array.ndim == 0:
+    arrays = {}
+    for name, (shape, kind) in specs.items():
+        if isinstance(table[name], str) or not hasattr(table[name], "__len__") or getattr(table[name], "ndim", 1) == 0:
             raise ValueError(f"input {name!r} must be a list or an array with an entry per sample")
+        array = features.input_array(name, table[name], shape, kind)
+        if kind not in ("string", "int64"):
+            array = array.astype(kind).astype(np.float32)  # as the model's input rounds it
+        arrays[name] = array.reshape(len(array), math.prod(shape))
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"inputs must be equally long, got {lengths}")
     return arrays
-
-
-def _numbers(inputs, name, width, dtype):
-    """An input as [B, width] of a NumPy dtype."""
-    x = inputs[name]
-    if dtype == np.int64 and x.dtype.kind not in "iu":
-        if x.dtype.kind not in "fb" or not (np.isfinite(x) & (x == np.floor(x))).all():
-            raise TypeError(f"input {name!r} must hold integers, got dtype {x.dtype}")
-    elif x.dtype.kind not in "iufb":
-        raise TypeError(f"input {name!r} must hold numbers, got dtype {x.dtype}")
-    return _shaped(x, name, width).astype(dtype)
-
-
-def _shaped(x, name, width):
-    if x.size != len(x) * width:
-        raise ValueError(f"input {name!r} must have shape [B, {width}], got {x.shape}")
-    return x.reshape(len(x), width)
-
-
-class _Dense:
-    """The numbers of dense columns side by side, [B, sum of their dimensions]."""
-
-    def __init__(self, columns):
-        self.columns = columns  # [(name, dimension)]
-
-    def __call__(self, inputs):
-        return np.concatenate([_numbers(inputs, name, width, np.float32) for name, width in self.columns], axis=1)
 
 
 class _Encoder:
@@ -401,10 +382,10 @@ class _Encoder:
             if isinstance(column, features.VarLenSparseFeat):
                 index, value, mask = self._sequence(column, inputs)
             elif isinstance(column, features.SparseFeat):
-                index = self._encode(column, inputs, 1, padded=False)
+                index = self._encode(column, inputs[column.name], padded=False)
                 value = mask = np.ones(index.shape, np.float32)
             else:
-                value = _numbers(inputs, column.name, column.dimension, np.float32)
+                value = inputs[column.name].astype(np.float32, copy=False)
                 mask = np.ones_like(value)
                 index = np.broadcast_to(np.arange(column.dimension), value.shape)
             indices.append(index + start)
@@ -412,21 +393,16 @@ class _Encoder:
             masks.append(mask)
         return tuple(np.ascontiguousarray(np.concatenate(parts, axis=1)) for parts in (indices, values, masks))
 
-    def _encode(self, column, inputs, width, padded):
+    def _encode(self, column, x, padded):
         """int64 [B, width] in [0, vocabulary_size)."""
         name, size = column.name, column.vocabulary_size
         if column.vocabulary is None and not column.use_hash:
-            index = _numbers(inputs, name, width, np.int64)
-            bad = (index < 0) | (index >= size)
+            bad = (x < 0) | (x >= size)
             if bad.any():
                 row, place = np.argwhere(bad)[0]
-                raise IndexError(f"column {name}: index in row {row} = {index[row, place]} is not in [0, {size})")
-            return index
-        x = inputs[name]
-        if column.dtype == "string":
-            texts = [features.text_of(value) for value in _shaped(x, name, width).astype(object).flat]
-        else:
-            texts = [str(value) for value in _numbers(inputs, name, width, np.int64).flat]
+                raise IndexError(f"column {name}: index in row {row} = {x[row, place]} is not in [0, {size})")
+            return x
+        texts = list(map(str, x.flat))
         if column.vocabulary is not None:
             index = np.fromiter((column.vocabulary.get(text, 0) for text in texts), np.int64, len(texts))
         elif not padded:
@@ -435,20 +411,20 @@ class _Encoder:
             hashed = np.minimum(1 + _kernels.hash_buckets(texts, max(1, size - 1)), size - 1)
             is_padding = np.fromiter((text in ("", "0") for text in texts), bool, len(texts))
             index = np.where(is_padding, 0, hashed)
-        return index.reshape(len(x), width)
+        return index.reshape(x.shape)
 
     def _sequence(self, column, inputs):
         """(indices, pooling weights, mask), each [B, maxlen]."""
         width = column.maxlen
-        index = self._encode(column, inputs, width, padded=True)
+        index = self._encode(column, inputs[column.name], padded=True)
         if column.length_name is None:
             mask = index != 0
         else:
-            mask = np.arange(width) < _numbers(inputs, column.length_name, 1, np.int64)
+            mask = np.arange(width) < inputs[column.length_name]
         present = mask.astype(np.float32)
         weights = present
         if column.weight_name is not None:
-            weights = _numbers(inputs, column.weight_name, width, np.float32)
+            weights = inputs[column.weight_name]
             if column.weight_norm:
                 weights = np.where(mask, weights, np.finfo(np.float32).min)
                 weights = np.exp(weights - weights.max(axis=1, keepdims=True))

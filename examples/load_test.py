@@ -151,7 +151,7 @@ def bodies(version, arguments):
         return [pathlib.Path(arguments.body).read_bytes()]
     columns, rows = version["model"]["num_columns"], version["model"]["num_features"]
     if columns is None:
-        sys.exit(f"this model takes the inputs {version['model']['names']}: give a request, --body FILE")
+        sys.exit(f"this model takes the inputs {list(version['model']['kinds'])}: give a request, --body FILE")
     rng = random.Random(0)
     sample = lambda: [rng.randrange(rows) for _ in range(columns)]  # noqa: E731
     return [json.dumps({"indices": [sample() for _ in range(arguments.batch)]}).encode() for _ in range(REQUESTS)]

@@ -248,11 +248,69 @@ def test_dictionaries_that_are_refused(tmp_path):
     huge = FeatureDictionary().fit({"a": [2**70, 3]}, categorical=["a"])
     with pytest.raises(ValueError, match="column 'a' holds integers of more than 64 bits"):
         deepfm_ops.export(DeepFM(3, 1, 4, (5,)), tmp_path / "m", features=huge)
+    for values, multivalued, message in [
+        ([1.5, 10**400], False, "column 'a' holds numbers that float64 cannot tell apart, or hold"),
+        ([0.5, 2**53, 2**53 + 1], False, "column 'a' holds numbers that float64 cannot tell apart"),
+        ([["a|b"], ["c"]], True, r"column 'a' has the value 'a\|b', which text separated by '\|' cannot hold"),
+        ([["a", ""], ["c"]], True, "column 'a' has the value '', which text"),
+        ([[1, "1"], ["2"]], True, "column 'a' holds text and numbers"),
+    ]:
+        kind = "multivalued" if multivalued else "categorical"
+        odd = FeatureDictionary().fit({"a": values}, **{kind: ["a"]})
+        with pytest.raises(ValueError, match=message):
+            sizes = odd.field_sizes
+            deepfm_ops.export(DeepFM(odd.num_features, 1, 4, (5,), field_sizes=sizes), tmp_path / "m", features=odd)
     with pytest.raises(ValueError, match="features have 1 columns, but the inputs of the model have shapes"):
         deepfm_ops.export(DeepFM(3, 2, 4, (5,)), tmp_path / "m", features=mixed)
     two = FeatureDictionary().fit({"a": ["x|y"], "b": ["z"]}, multivalued=["a"], categorical=["b"])
     with pytest.raises(ValueError, match=r"features have field_sizes \[1, 2\], but the model has None"):
         deepfm_ops.export(DeepFM(4, 3, 4, (5,)), tmp_path / "m", features=two)
+
+
+def test_columns_in_which_nothing_was_seen(rng, tmp_path):
+    table = {"c": [None, None], "x": [1.0, 2], "m": ["", ""]}
+    features = FeatureDictionary().fit(table, categorical=["c"], numeric=["x"], multivalued=["m"])
+    model = shuffled(DeepFM(features.num_features, 3, 4, (5,)), rng)
+    deepfm_ops.export(model, tmp_path / "m", features=features)
+    given = {"c": tf.constant(["a", ""]), "x": tf.constant([3.0, 4]), "m": tf.constant(["b|c", ""])}
+    score = signature_of(tmp_path / "m")(**given)["score"]
+    expected = model(features.transform({"c": ["a", ""], "x": [3.0, 4], "m": ["b|c", ""]}))
+    np.testing.assert_allclose(score, expected, rtol=0, atol=1e-6)
+
+
+def test_text_separated_by_blanks(rng, tmp_path):
+    features = FeatureDictionary().fit({"m": ["a  b", "b c\td"]}, multivalued=["m"], separator=None)
+    model = shuffled(DeepFM(features.num_features, 1, 4, (5,), field_sizes=features.field_sizes), rng)
+    deepfm_ops.export(model, tmp_path / "m", features=features)
+    deepfm_ops.export_scorer(model, tmp_path / "s", features=features)
+    texts = ["a b", " d   z a", ""]
+    expected = model(features.transform({"m": texts}))
+    score = signature_of(tmp_path / "m")(m=tf.constant(texts))["score"]
+    np.testing.assert_allclose(score, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(Scorer.load(tmp_path / "s").score({"m": texts}), expected[:, 0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [["user.id"], ["a/b"], ["1a"], ["é"], ["self"], ["A", "a"], [""]])
+def test_names_that_a_saved_model_cannot_have(names, tmp_path):
+    features = FeatureDictionary().fit({name: ["x"] for name in names}, categorical=names)
+    model = DeepFM(features.num_features, len(names), 4, (5,))
+    with pytest.raises(ValueError, match="in a SavedModel a name is|differ in case alone"):
+        deepfm_ops.export(model, tmp_path / "m", features=features)
+
+
+def test_models_in_models(rng, tmp_path):
+    inner = DeepFM.from_columns([], COLUMNS["vocabulary"], dnn_hidden_units=(6,))
+    inputs = {
+        "city": keras.Input((1,), dtype="string", name="city"),
+        "user": keras.Input((1,), dtype="int64", name="user"),
+    }
+    model = shuffled(keras.Model(inputs, keras.layers.Dense(1)(inner(inputs))), rng)
+    deepfm_ops.export(model, tmp_path / "m")
+    given = {"city": tf.constant([["Rome"], ["x"]]), "user": tf.constant([[3], [4]], tf.int64)}
+    np.testing.assert_allclose(signature_of(tmp_path / "m")(**given)["score"], model(given), rtol=0, atol=1e-6)
+    ragged = keras.Input((None,), dtype="int64", name="ids", ragged=True)
+    with pytest.raises(ValueError, match=r"inputs \['ids'\] are ragged or sparse"):
+        deepfm_ops.export(keras.Model(ragged, FMInteraction(9, 3)(ragged)), tmp_path / "n")
 
 
 def auc(labels, scores):

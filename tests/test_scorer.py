@@ -160,6 +160,9 @@ def test_int8_rows(rng):
     assert (np.abs(got - rows).max(1) <= bound + 1e-6 * np.abs(rows).max(1)).all()
     np.testing.assert_array_equal(got[0], 0)
     np.testing.assert_allclose(got_weights, weights, rtol=2**-8)
+    rows[1233] = -3.4e38
+    with pytest.raises(ValueError, match="row 1233 of a table is too large for int8"):
+        exporting.quantized(rows)
     for bad in (np.nan, np.inf):
         rows[1234, 5] = bad
         with pytest.raises(ValueError, match="row 1234 of a table holds NaN or infinity"):
@@ -213,6 +216,8 @@ def test_samples_of_any_length(rng, tmp_path):
         expected = loaded.score(indices, np.where(present, values, 0))
         got = loaded.score(indices[present], values[present], row_splits=splits)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        none = loaded.score([], [], row_splits=[0, 0, 0])
+        np.testing.assert_allclose(none, loaded.score([[0] * 5] * 2, [[0] * 5] * 2), atol=1e-6)
         got = loaded.score(indices[present], row_splits=splits.tolist())
         np.testing.assert_allclose(got, loaded.score(indices, present.astype("f")), rtol=1e-5, atol=1e-6)
 
@@ -255,6 +260,7 @@ def test_bags_of_any_length(kind, table, rng, tmp_path):
         (([0, 1],), {"bag_splits": [0, 2, 1, 2]}, ValueError, "row_splits must not decrease"),
         (([0, 1],), {"bag_splits": [0, 1, 1, 9]}, ValueError, "row_splits must end at nnz = 2"),
         (([0, 1],), {"bag_splits": [0, 1, 1, 2], "row_splits": [0]}, ValueError, "exclude each other"),
+        (([0, 1],), {"bag_splits": [0, 0.5, 1, 2]}, TypeError, "splits must be integers, got dtype float64"),
     ],
 )
 def test_inputs_that_are_refused(arguments, options, error, message, tmp_path):
@@ -271,6 +277,18 @@ def test_models_that_are_refused(tmp_path):
         deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,)), path, "int4")
     with pytest.raises(ValueError, match="the scorer has the activations .*; this model has 'gelu'"):
         deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,), activation="gelu"), path)
+    with pytest.raises(ValueError, match="the scorer has the activations"):
+        deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,), activation=keras.layers.LeakyReLU(0.3)), path)
+    quantized = DeepFM(20, 3, 4, (6,))
+    quantized.quantize("int8")
+    with pytest.raises(ValueError, match="layer 'hidden_0' was quantized by Keras"):
+        deepfm_ops.export_scorer(quantized, path)
+    named = FeatureDictionary().fit({("a", 1): ["x", "y"]}, categorical=[("a", 1)])
+    with pytest.raises(ValueError, match=r"column \('a', 1\): a name must be text to be saved"):
+        deepfm_ops.export_scorer(DeepFM(3, 1, 4, (6,)), path, features=named)
+    with pytest.raises(ValueError, match="the scorer has no inputs of bfloat16"):
+        half = DenseFeat("age", dtype="bfloat16")
+        deepfm_ops.export_scorer(DeepFM.from_columns([half], [half]), path)
     fitted = FeatureDictionary().fit({"a": ["x", "y"]}, categorical=["a"])
     with pytest.raises(ValueError, match="features have 1 columns, but the inputs of the model have shapes"):
         deepfm_ops.export_scorer(DeepFM(3, 3, 4, (6,)), path, features=fitted)
@@ -301,7 +319,7 @@ def test_a_feature_dictionary_inside(rng, tmp_path):
     np.testing.assert_allclose(loaded.score(df), expected, atol=1e-6)
     np.testing.assert_allclose(loaded.score(df.to_dict("list")), expected, atol=1e-6)
     np.testing.assert_allclose(loaded.score(*features.transform(df)), expected, atol=1e-6)
-    assert loaded.info["inputs"] == "features" and loaded.info["names"] == ["user", "age", "tags"]
+    assert loaded.info["inputs"] == "features" and list(loaded.info["kinds"]) == ["user", "age", "tags"]
     unseen = {"user": ["dan", 3], "age": [None, 1], "tags": [["z", "a"], []]}
     np.testing.assert_allclose(
         loaded.score(unseen), model.predict(features.transform(unseen), verbose=0).ravel(), atol=1e-6
@@ -398,11 +416,23 @@ def test_column_inputs_that_are_refused(rng, tmp_path):
     for change, error, message in [
         ({"user": [50]}, IndexError, r"column user: index in row 0 = 50 is not in \[0, 50\)"),
         ({"user": [1.5]}, TypeError, "input 'user' must hold integers"),
-        ({"user": ["x"]}, TypeError, "input 'user' must hold integers"),
+        ({"user": ["x"]}, TypeError, "input 'user' must hold numbers, got dtype"),
+        ({"user": [2**63]}, TypeError, "input 'user' must hold integers of at most 64 bits"),
+        ({"user": [1e300]}, TypeError, "input 'user' must hold integers of at most 64 bits"),
         ({"user": 1}, ValueError, "input 'user' must be a list or an array"),
         ({"user": [1, 2]}, ValueError, "inputs must be equally long"),
-        ({"age": [[1]]}, ValueError, r"input 'age' must have shape \[B, 2\], got \(1, 1\)"),
+        ({"age": [[1]]}, ValueError, r"input 'age' must have shape \('B', 2\), got \(1, 1\)"),
         ({"age": [["a", "b"]]}, TypeError, "input 'age' must hold numbers"),
+        (
+            {"user": [1, 2], "age": [[1, 2], [3]], "city": ["a", "b"]},
+            ValueError,
+            "input 'age' must hold equally long lists",
+        ),
+        (
+            {"user": [1, 2], "age": [[1, 2]] * 2, "city": ["a", ["b"]]},
+            ValueError,
+            "input 'city' must hold equally long",
+        ),
     ]:
         with pytest.raises(error, match=message):
             score({**good, **change})
@@ -410,6 +440,62 @@ def test_column_inputs_that_are_refused(rng, tmp_path):
         score({"user": [1], "age": [[1, 2]]})
     with pytest.raises(ValueError, match="this model takes raw inputs: a dict of"):
         score(np.array([[1]]))
+
+
+@pytest.mark.parametrize(
+    "cities",
+    [
+        ["Rome", float("nan"), "Oslo"],
+        [1, 2.5],
+        [1, float("nan")],
+        [True, 7],
+        ["a\0", "b"],
+        [None, b"Rome", np.str_("Rome"), np.float32("nan")],
+        pd.Series([1, None, 3], dtype="Int64"),
+        pd.Series(["Rome", None], dtype="category"),
+        np.array(["Rome", "Oslo"]),
+    ],
+    ids=str,
+)
+def test_text_is_that_of_the_model(cities, rng, tmp_path):
+    """Whatever the cells are, the scorer writes them out as the model does."""
+    columns = [SparseFeat("city", 50, 4, use_hash=True, dtype="string"), SparseFeat("user", 5, 4)]
+    model = shuffled(DeepFM.from_columns(columns, columns, dnn_hidden_units=(6,)), rng)
+    inputs = {"city": cities, "user": np.arange(len(cities))}
+    got = scored(model, tmp_path / "m", inputs)
+    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
+def test_dense_columns_of_other_dtypes(dtype, rng, tmp_path):
+    columns = [DenseFeat("age", 2, dtype=dtype), SparseFeat("user", 5, 4)]
+    model = shuffled(DeepFM.from_columns(columns, columns, dnn_hidden_units=(6,), task="regression"), rng)
+    ages = rng.normal(size=(9, 2)) * 1000
+    inputs = {"age": ages.round() if dtype == "int32" else ages, "user": np.arange(9) % 5}
+    got = scored(model, tmp_path / "m", inputs)
+    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=1e-4)
+    if dtype == "int32":
+        with pytest.raises(TypeError, match="input 'age' must hold integers"):
+            Scorer.load(tmp_path / "m").score({**inputs, "age": ages})
+
+
+@pytest.mark.parametrize(
+    ("dnn", "options"),
+    [
+        ([VarLenSparseFeat(SparseFeat("x", 5), 3, "max")], {}),
+        ([SparseFeat("x", 5, group_name="a"), SparseFeat("y", 5, group_name="b")], {"fm_group": ["a", "b"]}),
+        ([SparseFeat("x", 5), SparseFeat("y", 5), SparseFeat("z", 5, 8, group_name="b")], {}),
+        ([SparseFeat("deep", 5), SparseFeat("hidden_0", 5), DenseFeat("deep_dense"), DenseFeat("linear_kernel")], {}),
+    ],
+    ids=["max", "groups", "outside", "names"],
+)
+def test_parts_that_nothing_uses_and_columns_named_like_layers(dnn, options, rng, tmp_path):
+    model = shuffled(DeepFM.from_columns([SparseFeat("u", 5)], dnn, use_deep=False, **options), rng)
+    inputs = {"u": rng.integers(0, 5, 20)}
+    for column in dnn:
+        inputs[column.name] = rng.integers(0, 5, (20, getattr(column, "maxlen", 1)))
+    expected = model.predict(inputs, verbose=0).ravel()
+    np.testing.assert_allclose(scored(model, tmp_path / "m", inputs), expected, rtol=0, atol=1e-5)
 
 
 # The file.
@@ -480,6 +566,20 @@ def test_large_files_are_checksummed_in_pieces(tmp_path, monkeypatch, rng):
     _, arrays, _ = _scorer_file.read(tmp_path / "f")
     np.testing.assert_array_equal(arrays["a"], array)
     assert arrays["none"].shape == (0, 3)
+
+
+def test_a_file_keeps_its_mode_and_a_link_stays_a_link(small_file):
+    small_file.chmod(0o640)
+    link = small_file.with_name("current")
+    link.symlink_to(small_file)
+    deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,)), link)
+    assert link.is_symlink() and small_file.stat().st_mode & 0o777 == 0o640
+    umask = os.umask(0o077)
+    try:
+        deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,)), small_file.with_name("private"))
+    finally:
+        os.umask(umask)
+    assert small_file.with_name("private").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_write_that_fails_leaves_the_old_file(small_file, monkeypatch):
@@ -594,5 +694,7 @@ def test_hash_buckets(rng):
         _kernels.hash_buckets(["a", 1], 3)
     with pytest.raises(ValueError, match="buckets must be at least 1, got 0"):
         _kernels.hash_buckets(["a"], 0)
+    made = [f"text {i}" * 9 for i in range(2000)]
+    assert _kernels.hash_buckets((text for text in made), 9).tolist() == _kernels.hash_buckets(made, 9).tolist()
     with pytest.raises(UnicodeEncodeError):
         _kernels.hash_buckets(["\ud800"], 3)

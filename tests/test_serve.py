@@ -212,10 +212,12 @@ def test_bad_inputs(raw, columns):
         ({"user": ["ann"]}, r"inputs is missing the columns \['age', 'genres'\]"),
         ({**good, "age": 1}, "input 'age' must be a list with an entry per sample"),
         ({**good, "age": [1, 2]}, "inputs must be equally long, got {'user': 1, 'age': 2, 'genres': 1}"),
-        ({**good, "age": ["x"]}, "'age' must hold numbers"),
+        ({**good, "age": ["0.5"]}, "input 'age' must not hold text"),
+        ({**good, "age": [[0.5, 1]]}, "input 'age' must not hold lists"),
         ({**good, "genres": [3]}, "'genres': an entry must be a list or a string"),
-        ({**good, "user": [{}]}, "input 'user' must hold text, numbers, or lists of them, got objects"),
-        ({**good, "genres": [[["war"]]]}, "input 'genres' must hold .* got lists in them"),
+        ({**good, "user": [{}]}, "input 'user' must not hold objects"),
+        ({**good, "user": [["ann"]]}, "input 'user' must not hold lists"),
+        ({**good, "genres": [[["war"]]]}, "input 'genres' must not hold lists there"),
         ({name: [] for name in good}, "the batch is empty"),
     ]:
         status, answer = raw.score({"inputs": inputs})
@@ -226,10 +228,11 @@ def test_bad_inputs(raw, columns):
     for inputs, text in [
         (good, None),
         ({**good, "id": [1, 10]}, r"id: index in row 1 = 10 is not in \[0, 10\)"),
-        ({**good, "id": [1, "2"]}, "input 'id' must hold integers"),
-        ({**good, "age": [1, None]}, "input 'age' must hold numbers"),
+        ({**good, "id": [1, "2"]}, "input 'id' must not hold text"),
+        ({**good, "id": [1, 1e30]}, "input 'id' must hold integers of at most 64 bits"),
+        ({**good, "age": [1, None]}, "input 'age' must not hold null"),
         ({**good, "tags": [[1], [19, 3]]}, "input 'tags' must hold equally long lists"),
-        ({**good, "tags": [[1, 2, 3]] * 2}, r"input 'tags' must have shape \[B, 2\]"),
+        ({**good, "tags": [[1, 2, 3]] * 2}, r"input 'tags' must have shape \('B', 2\)"),
     ]:
         status, answer = columns.score({"inputs": inputs})
         assert status == 200 if text is None else status == 422 and re.search(text, answer["detail"]), answer

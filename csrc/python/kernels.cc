@@ -316,7 +316,7 @@ py::array Head(const std::vector<py::array>& parts, float bias, bool sigmoid) {
   return scores;
 }
 
-py::array HashBuckets(const std::vector<py::handle>& texts, int64_t buckets) {
+py::array HashBuckets(const std::vector<py::object>& texts, int64_t buckets) {
   if (buckets < 1) Fail("buckets must be at least 1, got " + std::to_string(buckets));
   py::array_t<int64_t> found(static_cast<py::ssize_t>(texts.size()));
   for (size_t i = 0; i < texts.size(); ++i) {
