@@ -45,7 +45,9 @@ def export(model, path, portable=True, *, features=None):
         raise ValueError(f"model must have one output, got {len(model.outputs)}")
     if dense := [x.name for x in model.inputs if getattr(x, "sparse", False) or getattr(x, "ragged", False)]:
         raise ValueError(f"inputs {dense} are ragged or sparse, which a signature here cannot have")
-    native = None if portable else _library.native_ops("native")
+    native = None if portable else _library.native_ops()
+    if native is None and not portable:
+        raise RuntimeError(f"portable=False needs the native op: {_library.native_info()['reason']}")
     encoder = None if features is None else _DictionaryEncoder(_fitting(model, features))
     specs = (
         [tf.TensorSpec((None, *x.shape[1:]), x.dtype, x.name) for x in model.inputs]
