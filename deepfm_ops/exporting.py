@@ -11,12 +11,11 @@ from tensorflow.python.trackable import resource
 
 from deepfm_ops import _library, _scorer_file, scorer
 from deepfm_ops import columns as _columns
+from deepfm_ops._narrow import bfloat16, quantized
 from deepfm_ops._parts import ConfiguredModel
 from deepfm_ops.features import DenseFeat
 
 TABLES = ("float32", "bfloat16", "int8")
-INT8_HEADER = 6
-_CHUNK = 1 << 20  # rows that are quantized at a time
 
 
 def export(model, path, portable=True, *, features=None):
@@ -54,7 +53,6 @@ def export(model, path, portable=True, *, features=None):
         if encoder is None
         else encoder.specs
     )
-
     _check_names([spec.name for spec in specs])
 
     @tf.function(input_signature=[{spec.name: spec for spec in specs}])
@@ -247,21 +245,23 @@ def export_scorer(model, path, table="float32", *, features=None):
     if "deep" in layers:
         arrays["deep"] = _kernel(layers["deep"])
     arrays["bias"] = _array(layers["head"].bias)
-    specs = getattr(model, "_input_specs", None)
-    plan["inputs"] = None if specs is None else {name: (list(shape), kind) for name, (shape, kind) in specs.items()}
-    kinds = {} if features is None else {field["name"]: field["kind"] for field in features.fields}
+    specs = getattr(model, "_input_specs", None)  # of a model of feature columns
+    plan["inputs"] = specs
     if specs is not None:
-        kinds = {name: kind for name, (_, kind) in specs.items()}
-        if "bfloat16" in kinds.values():
-            raise ValueError("the scorer has no inputs of bfloat16; give the DenseFeat another dtype")
-    columns = specs is not None
+        inputs, kinds = "columns", {name: kind for name, (_, kind) in specs.items()}
+    elif features is not None:
+        inputs, kinds = "features", {field["name"]: field["kind"] for field in features.fields}
+    else:
+        inputs, kinds = "matrices", {}
+    if "bfloat16" in kinds.values():
+        raise ValueError("the scorer has no inputs of bfloat16; give the DenseFeat another dtype")
     info = {
         "task": model._config["task"],
         "table": table,
-        "inputs": "columns" if columns else "matrices" if features is None else "features",
+        "inputs": inputs,
         "kinds": kinds,
-        "num_features": None if columns else model._config["num_features"],
-        "num_columns": None if columns else int(model.inputs[0].shape[1]),
+        "num_features": model._config.get("num_features"),
+        "num_columns": None if inputs == "columns" else int(model.inputs[0].shape[1]),
     }
     manifest = {"info": info, "plan": plan, "features": None if features is None else features.to_config()}
     _scorer_file.write(path, manifest, arrays)
@@ -354,58 +354,3 @@ def _folded(layer, norm):
     )
     scale = gamma / np.sqrt(variance + norm.epsilon)
     return (kernel * scale).astype(np.float32), ((bias - mean) * scale + beta).astype(np.float32)
-
-
-def bfloat16(x):
-    """The bits of float32 numbers rounded to bfloat16, to nearest, ties to even: uint16 of the same shape."""
-    bits = x.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def _outward(x, up):
-    """The bits of numbers rounded to bfloat16, up or down."""
-    bits = x.view(np.uint32)
-    away = (bits & 0xFFFF != 0) & ((bits >> 31 == 0) == up)
-    return ((bits >> 16) + away).astype(np.uint16)
-
-
-def _wide(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def quantized(rows, weights=None):
-    """Rows as the kernels' int8: uint8 [V, K + 6] of scale, offset and weight as bfloat16, then the codes.
-
-    The offset is the row's minimum rounded down to 8 bits of precision, and the scale what its maximum then needs,
-    rounded up, so that no element is clipped. The error is at most half of the scale: about (max - min) / 510 for rows
-    around zero, and up to |min| / 65,000 more for rows far from it.
-
-    Args:
-        rows: float32 [V, K].
-        weights: float32 [V, 1], or None.
-
-    Raises:
-        ValueError: NaN or infinity in a row.
-
-    """
-    result = np.zeros((len(rows), rows.shape[1] + INT8_HEADER), np.uint8)
-    header = np.zeros((len(rows), INT8_HEADER // 2), np.uint16)
-    for start in range(0, len(rows), _CHUNK):
-        here = slice(start, start + _CHUNK)
-        x = rows[here]
-        finite = np.isfinite(x).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"row {start + int(np.argmin(finite))} of a table holds NaN or infinity")
-        header[here, 1] = _outward(x.min(axis=1), up=False)
-        offset = _wide(header[here, 1]).astype(np.float64)[:, np.newaxis]
-        if not np.isfinite(offset).all():
-            raise ValueError(f"row {start + int(np.argmin(np.isfinite(offset)))} of a table is too large for int8")
-        header[here, 0] = _outward(((x.max(axis=1, keepdims=True) - offset) / 255).astype(np.float32)[:, 0], up=True)
-        scale = _wide(header[here, 0]).astype(np.float64)[:, np.newaxis]
-        codes = np.divide(x - offset, scale, out=np.zeros(x.shape), where=scale > 0)
-        result[here, INT8_HEADER:] = np.clip(np.rint(codes), 0, 255)
-    if weights is not None:
-        header[:, 2] = bfloat16(weights[:, 0])
-    result[:, :INT8_HEADER] = header.view(np.uint8)
-    return result

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 
 from deepfm_ops import _scorer_file, features
+from deepfm_ops._narrow import decoded
 from deepfm_ops._scorer_file import ScorerFileError
 
 try:
@@ -188,6 +189,7 @@ class _Lookup:
         self.splits = None
         if any(size != 1 for size in self.field_sizes):
             self.splits = [0, *np.cumsum(self.field_sizes).tolist()]
+        self.first_columns = [0, *np.cumsum(self.field_sizes[:-1]).tolist()]
         self.threads = threads
 
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
@@ -209,8 +211,7 @@ class _Lookup:
         """The embeddings after max pooling, which only some columns have."""
         if self.spans is None:
             return e
-        first_columns = np.concatenate([[0], np.cumsum(self.field_sizes[:-1])]).astype(np.int64)
-        present, parts, first = mask[:, first_columns] > 0, [], 0
+        present, parts, first = mask[:, self.first_columns] > 0, [], 0
         for fields, is_max in self.spans:
             part = e[:, first : first + fields]
             if is_max:
@@ -235,7 +236,7 @@ class _Model:
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.linear_kernel = arrays.get("linear_kernel")
         self.layers = [
-            (_decoded(arrays[f"kernel_{i}"]), arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
+            (decoded(arrays[f"kernel_{i}"]), arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
             for i in range(plan["num_hidden"])
         ]
         self.deep = arrays.get("deep")
@@ -250,7 +251,10 @@ class _Model:
     @classmethod
     def read(cls, path, threads):
         manifest, arrays, digest = _scorer_file.read(path)
-        return cls(manifest, arrays, digest, threads)
+        try:
+            return cls(manifest, arrays, digest, threads)
+        except (KeyError, TypeError, ValueError) as error:  # whole, but of another writer
+            raise ScorerFileError(f"{path} does not hold a model: {error!r}") from error
 
     def score_matrix(self, indices, values):
         columns = self.info["num_columns"]
@@ -334,14 +338,6 @@ class _Model:
                 x = activation(x)
             parts.append(x @ self.deep)
         return _kernels.head(parts, self.bias, self.is_binary)
-
-
-def _decoded(rows):
-    """Rows of int8, see csrc/kernels/fm.h, as float32; others as they are."""
-    if rows.dtype != np.uint8:
-        return rows
-    header = (rows[:, :4].copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return header[:, 1:] + header[:, :1] * rows[:, 6:].astype(np.float32)
 
 
 def _second_order(e):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 from test_scorer import COLUMNS, KINDS, matrices, raw, shuffled
 from testing import REFERENCE_MODE
 
@@ -67,8 +68,6 @@ def signature_of(path):
 
 def operations(path):
     """The types of the operations in a SavedModel."""
-    from tensorflow.core.protobuf import saved_model_pb2
-
     model = saved_model_pb2.SavedModel.FromString((pathlib.Path(path) / "saved_model.pb").read_bytes())
     graph = model.meta_graphs[0].graph_def
     nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
@@ -312,12 +311,6 @@ def test_models_in_models(rng, tmp_path):
         deepfm_ops.export(keras.Model(ragged, FMInteraction(9, 3)(ragged)), tmp_path / "n")
 
 
-def auc(labels, scores):
-    """Area under the ROC curve, by ranks."""
-    ranks, positives = pd.Series(scores).rank().to_numpy(), labels.sum()
-    return (ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
-
-
 def test_parity_on_the_demo(tmp_path):
     """The demo's DeepFM, every sample of its test set, from raw features: SavedModel and scorer give its scores."""
     try:
@@ -334,7 +327,7 @@ def test_parity_on_the_demo(tmp_path):
     model = demo.build(features, "DeepFM", 0, choices)
     model.fit(*parts["train"], batch_size=1024, epochs=3, verbose=0)
     expected = model.predict((indices, values), batch_size=8192, verbose=0).ravel()
-    assert auc(labels, expected) > 0.74
+    assert demo.auc(labels, expected) > 0.74
 
     deepfm_ops.export(model, tmp_path / "m", features=features)
     serve = signature_of(tmp_path / "m")
@@ -349,4 +342,4 @@ def test_parity_on_the_demo(tmp_path):
         got = scorer.score(test)
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
         np.testing.assert_allclose(scorer.score(indices, values), got, rtol=0, atol=1e-6)
-        assert abs(auc(labels, got) - auc(labels, expected)) < 1e-3
+        assert abs(demo.auc(labels, got) - demo.auc(labels, expected)) < 1e-3
