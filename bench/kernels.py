@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from common import SETS, Case, aligned, expected, machine, make_data, statistics
 
-from deepfm_ops import _kernels
+from deepfm_ops import kernels
 
 DISTANCES = (8, 16, 32, 64)
 
@@ -24,9 +24,9 @@ def load(case):
     table, indices, values = make_data(case)
     if case.batch <= 16384:
         y, rows, gradient = expected(table, indices[0], values)
-        got, sums, _, _ = _kernels.fm_forward(table, indices[0], values)
+        got, sums, _, _ = kernels.fm_forward(table, indices[0], values)
         np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
-        unique, d_rows, _ = _kernels.fm_gradient(table, indices[0], values, sums, np.ones_like(got))
+        unique, d_rows, _ = kernels.fm_gradient(table, indices[0], values, sums, np.ones_like(got))
         np.testing.assert_array_equal(unique, rows)
         np.testing.assert_allclose(d_rows, gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max())
     return (table if case.dtype == "float32" else aligned(table.astype(ml_dtypes.bfloat16))), indices, values
@@ -48,17 +48,17 @@ def take_turns(functions, rounds):
 
 
 def forward(table, indices, values, **options):
-    return lambda n: _kernels.fm_forward(table, indices[n], values, **options)
+    return lambda n: kernels.fm_forward(table, indices[n], values, **options)
 
 
 def gradient(table, indices, values, **options):
     ones = np.ones((len(values), 1), np.float32)
-    sums = [_kernels.fm_forward(table, i, values)[1] for i in indices]
-    return lambda n: _kernels.fm_gradient(table, indices[n], values, sums[n], ones, **options)
+    sums = [kernels.fm_forward(table, i, values)[1] for i in indices]
+    return lambda n: kernels.fm_gradient(table, indices[n], values, sums[n], ones, **options)
 
 
 def touch(table, indices, distance, **options):
-    return lambda n: _kernels.touch(table, indices[n], distance, **options)
+    return lambda n: kernels.touch(table, indices[n], distance, **options)
 
 
 def floors(rounds):
@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "kernels.json")
     arguments = parser.parse_args()
-    report = {"machine": f"{machine()}, {_kernels.isa()}", "command": "python " + " ".join(sys.argv)}
+    report = {"machine": f"{machine()}, {kernels.isa()}", "command": "python " + " ".join(sys.argv)}
     print(report["machine"])
     for part in arguments.parts:
         report[part] = list(PARTS[part](arguments.rounds))

@@ -6,7 +6,7 @@ import tensorflow as tf
 from common import aligned
 
 import deepfm_ops
-from deepfm_ops import _kernels, reference
+from deepfm_ops import kernels, reference
 
 
 def formula(table, indices, values):
@@ -41,11 +41,11 @@ def sides(case, table, indices, values):
     ones = np.ones((case.batch, 1), np.float32)
 
     def kernels_forward(n):
-        return _kernels.fm_forward(array, indices[n], values)[0]
+        return kernels.fm_forward(array, indices[n], values)[0]
 
     def kernels_gradient(n):
-        y, sums, _, _ = _kernels.fm_forward(array, indices[n], values)
-        return _kernels.fm_gradient(array, indices[n], values, sums, ones)[:2]
+        y, sums, _, _ = kernels.fm_forward(array, indices[n], values)
+        return kernels.fm_gradient(array, indices[n], values, sums, ones)[:2]
 
     unique = make(formula, unique=True)
     return {
@@ -55,7 +55,7 @@ def sides(case, table, indices, values):
         "TensorFlow formula": make(formula),
         "TensorFlow formula, XLA": {"forward": make(formula, jit_compile=True)["forward"]},
         "TensorFlow formula, tf.unique": {"gradient": unique["gradient"]},
-        "touch floor": {"forward": lambda n: _kernels.touch(array, indices[n], distance=16)},
+        "touch floor": {"forward": lambda n: kernels.touch(array, indices[n], distance=16)},
     }
 
 

@@ -18,14 +18,15 @@ _HOME = {
     "FeatureDictionary": "features",
     "native_info": "_library",
     "Checkpoint": "checkpoints",
-    "export": "exporting",
-    "export_scorer": "exporting",
+    "export": "saved_model",
+    "export_scorer": "scorer.export",
 }
 _MODULES = (
     "checkpoints",
     "datasets",
     "deepctr",
     "features",
+    "kernels",
     "layers",
     "models",
     "ops",

@@ -7,6 +7,8 @@ import shutil
 
 import keras
 
+from deepfm_ops.files import to_disk
+
 WEIGHTS, STATE = "model.weights.h5", "state.json"
 
 
@@ -75,18 +77,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.model.save_weights(unfinished / WEIGHTS)
         (unfinished / STATE).write_text(json.dumps({"epoch": epoch + 1, "optimizer": self._optimizer()}))
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
-            _to_disk(path)
+            to_disk(path)
         os.replace(unfinished, self.folder / f"epoch-{epoch + 1:08d}")
-        _to_disk(self.folder)
+        to_disk(self.folder)
         for path in before:
             # Renamed first: what is half removed must not look like a checkpoint.
             os.replace(path, unfinished)
             shutil.rmtree(unfinished)
-
-
-def _to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

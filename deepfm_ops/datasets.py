@@ -58,9 +58,9 @@ def _download(folder):
             for name in _SHA256:
                 (whole / name).write_bytes(archive.read(f"{_FOLDER_IN_WHEEL}/{name}"))
         _check(whole)
-        for name in _SHA256:  # each file appears whole or not at all
-            folder.mkdir(exist_ok=True)
-            os.replace(whole / name, folder / name)
+        folder.mkdir(exist_ok=True)
+        for name in _SHA256:
+            os.replace(whole / name, folder / name)  # from the same file system: whole or not at all
 
 
 def movielens_100k(path=None):

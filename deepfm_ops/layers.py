@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import _inputs, _library, ops
+from deepfm_ops import _library, arguments, ops
 
 
 def positive(name, number):
@@ -20,7 +20,7 @@ def _pairs(inputs, table_dtype):
     """(table rows to read, values) from a layer's inputs: indices, or (indices, values)."""
     indices, values = inputs if isinstance(inputs, list | tuple) else (inputs, None)
     if values is not None:
-        dtype = _inputs.accumulation_dtype(tf.as_dtype(table_dtype))
+        dtype = arguments.accumulation_dtype(tf.as_dtype(table_dtype))
         if isinstance(values, tf.RaggedTensor | tf.SparseTensor):
             values = tf.cast(values, dtype)
         else:
@@ -36,7 +36,7 @@ def _with_columns(indices, columns):
             raise ValueError(text.format(columns, f"shape {indices.shape}"))
         return indices
     got = tf.shape(indices)[-1]
-    with tf.control_dependencies(_inputs.require(tf.equal(got, columns), text, lambda: (tf.constant(columns), got))):
+    with tf.control_dependencies(arguments.require(tf.equal(got, columns), text, lambda: (tf.constant(columns), got))):
         indices = tf.identity(indices)
     return tf.ensure_shape(indices, (None, columns))
 
@@ -55,7 +55,7 @@ class _SparseLayer(keras.layers.Layer):
 
     def _interaction(self, table, inputs, output, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)
-        table, pairs = _inputs.parse(table, indices, values, None, "vector")
+        table, pairs = arguments.parse(table, indices, values, None, "vector")
         splits = ()
         if self.field_sizes is not None:
             if pairs.row_splits is not None:
@@ -224,8 +224,8 @@ class FMInteraction(_SparseLayer):
         **kwargs,
     ):
         super().__init__(num_features, field_sizes, backend, **kwargs)
-        if output not in _inputs.OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(_inputs.OUTPUTS)}, got {output!r}")
+        if output not in arguments.OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(arguments.OUTPUTS)}, got {output!r}")
         if linear_apart and not use_linear:
             raise ValueError("linear_apart needs use_linear")
         if use_linear and not linear_apart and output != "scalar":

@@ -6,7 +6,7 @@ Importing this module loads the native library, so that a SavedModel that holds 
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops
 
-from deepfm_ops import _inputs, _library, reference
+from deepfm_ops import _library, arguments, reference
 
 try:
     _library.native_ops()
@@ -52,7 +52,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         bi-interaction of He and Chua, "Neural Factorization Machines", SIGIR 2017.
 
     """
-    table, pairs = _inputs.parse(table, indices, values, row_splits, output)
+    table, pairs = arguments.parse(table, indices, values, row_splits, output)
     with tf.name_scope(name or "fm_interaction"):
         return interaction(table, pairs, output)[0]
 
@@ -73,7 +73,7 @@ def interaction(
 
     Args:
         table: tf.Variable or Tensor [V, K].
-        pairs: `_inputs.Pairs`.
+        pairs: `arguments.Pairs`.
         output: "scalar", "vector" or "sum".
         field_splits: see `reference.interaction`.
         return_embeddings: also return them.
@@ -108,7 +108,7 @@ def interaction(
         weights=weights_input,
         l2=l2,
         l2_linear=l2_linear,
-        Tacc=_inputs.accumulation_dtype(table.dtype),
+        Tacc=arguments.accumulation_dtype(table.dtype),
         output=output,
         field_splits=list(field_splits),
         # The gradient of a summed field needs the field's sum, which the pair alone does not give.
@@ -209,8 +209,8 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
         outer.watch([*rows, *values, *d_outputs])
         with tf.GradientTape() as inner:
             inner.watch([*rows, *values])
-            wide = [tf.gather(tf.cast(r, _inputs.accumulation_dtype(dtype)), position) for r in rows]
-            pairs = _inputs.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
+            wide = [tf.gather(tf.cast(r, arguments.accumulation_dtype(dtype)), position) for r in rows]
+            pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
             result, embeddings, linear = reference.formula(
                 wide[0],
                 pairs,

@@ -15,12 +15,12 @@ With sparse gradients, and as against Keras's optimizers:
 import keras
 import tensorflow as tf
 
-from deepfm_ops import _inputs, ops
+from deepfm_ops import arguments, ops
 
 
 def _added_up(slices):
     """The slices with equal indices added up, in the dtype that sums are kept in; ascending."""
-    slices = _map(lambda g: tf.cast(g, _inputs.accumulation_dtype(g.dtype)), slices)
+    slices = _map(lambda g: tf.cast(g, arguments.accumulation_dtype(g.dtype)), slices)
     indices = slices.indices
 
     def add():
@@ -84,13 +84,13 @@ class _Sparse:
         if not isinstance(gradient, tf.IndexedSlices):
             return super().update_step(gradient, variable, learning_rate)
         value = variable.value if isinstance(variable, keras.Variable) else variable
-        dtype = _inputs.accumulation_dtype(value.dtype)
+        dtype = arguments.accumulation_dtype(value.dtype)
         rate = tf.cast(learning_rate, dtype)
         decay = rate * self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
         hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate))]
         slots = [slot.value for slot in self._slots(variable)]
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
-        native = ops.native_for(value) if value.dtype in _inputs.TABLE_DTYPES else None
+        native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
         if native is None:
             self._update_rows(gradient, value, slots, hyper)
             return
@@ -211,7 +211,7 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
         if isinstance(gradient, tf.IndexedSlices):
             return super().update_step(gradient, variable, learning_rate)
         (slot,) = self._slots(variable)
-        dtype = _inputs.accumulation_dtype(tf.as_dtype(variable.dtype))
+        dtype = arguments.accumulation_dtype(tf.as_dtype(variable.dtype))
         hyper = [tf.cast(x, dtype) for x in self._hyper(learning_rate)]
         g, p, s = (tf.cast(tf.convert_to_tensor(x), dtype) for x in (gradient, variable, slot))
         p, (s,) = self._row_step(g, p, [s], hyper)

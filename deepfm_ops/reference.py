@@ -3,7 +3,7 @@
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops
 
-from deepfm_ops import _inputs
+from deepfm_ops import arguments
 
 
 def fm_interaction(table, indices, values=None, *, row_splits=None, output="scalar", name=None) -> tf.Tensor:
@@ -11,7 +11,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
 
     Same signature, results and errors as `deepfm_ops.fm_interaction`, which documents them.
     """
-    table, pairs = _inputs.parse(table, indices, values, row_splits, output)
+    table, pairs = arguments.parse(table, indices, values, row_splits, output)
     with tf.name_scope(name or "fm_interaction"):
         return interaction(table, pairs, output)[0]
 
@@ -21,7 +21,7 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
 
     Args:
         table: tf.Variable or Tensor [V, K].
-        pairs: `_inputs.Pairs`.
+        pairs: `arguments.Pairs`.
         output: "scalar", "vector", or "sum": the sums of the embeddings, [B, K].
         field_splits: ints [F + 1] over the columns of dense indices: the columns of a field are summed.
             Empty: every pair is a field.
@@ -92,7 +92,7 @@ def _num_rows(table):
 
 def _rows(table, indices):
     rows = tf.gather(table, indices)
-    return tf.cast(rows, _inputs.accumulation_dtype(rows.dtype))
+    return tf.cast(rows, arguments.accumulation_dtype(rows.dtype))
 
 
 def _silent_penalty(rows, l2):
@@ -114,10 +114,10 @@ def _checked(pairs, num_rows):
     if values is not None and not (values.shape.is_fully_defined() and indices.shape.is_fully_defined()):
         text = "values must have the shape of indices, {}, got {}"
         shapes = lambda: (tf.shape(indices), tf.shape(values))  # noqa: E731
-        with tf.control_dependencies(_inputs.require(tf.equal(tf.rank(values), tf.rank(indices)), text, shapes)):
+        with tf.control_dependencies(arguments.require(tf.equal(tf.rank(values), tf.rank(indices)), text, shapes)):
             shape = tf.shape(values)
         same = tf.reduce_all(tf.equal(tf.reshape(shape, tf.shape(tf.shape(indices))), tf.shape(indices)))
-        checks += _inputs.require(same, text, shapes)
+        checks += arguments.require(same, text, shapes)
     if row_splits is not None:
         checks += _row_splits_checks(row_splits, tf.size(indices, tf.int64))
     with tf.control_dependencies(checks):  # what follows uses all three, so none may be read before
@@ -136,21 +136,21 @@ def _checked(pairs, num_rows):
 
     where = "{}" if row_splits is not None else "{},{}"
     text = f"indices[{where}] = {{}} is not in [0, {{}})"
-    with tf.control_dependencies(_inputs.require(tf.logical_not(tf.reduce_any(bad)), text, first_bad)):
-        return _inputs.Pairs(tf.identity(indices), values, row_splits)
+    with tf.control_dependencies(arguments.require(tf.logical_not(tf.reduce_any(bad)), text, first_bad)):
+        return arguments.Pairs(tf.identity(indices), values, row_splits)
 
 
 def _with_rank(x, rank, text):
     """The tensor, once its rank is known to be `rank`."""
     if x.shape.rank is None:
-        with tf.control_dependencies(_inputs.require(tf.equal(tf.rank(x), rank), text, lambda: (tf.shape(x),))):
+        with tf.control_dependencies(arguments.require(tf.equal(tf.rank(x), rank), text, lambda: (tf.shape(x),))):
             x = tf.identity(x)
         x.set_shape([None] * rank)
     return x
 
 
 def _row_splits_checks(row_splits, nnz):
-    filled = _inputs.require(
+    filled = arguments.require(
         tf.size(row_splits) > 0, "row_splits must be rank 1 [B + 1], got shape {}", lambda: (tf.shape(row_splits),)
     )
     with tf.control_dependencies(filled):
@@ -162,15 +162,15 @@ def _row_splits_checks(row_splits, nnz):
         i = tf.argmax(tf.cast(steps < 0, tf.int32))
         return i, row_splits[i], i + 1, row_splits[i + 1]
 
-    starts = _inputs.require(
+    starts = arguments.require(
         row_splits[0] == 0, "row_splits must start at 0, got row_splits[0] = {}", lambda: (row_splits[0],)
     )
-    rises = _inputs.require(
+    rises = arguments.require(
         tf.reduce_all(steps >= 0),
         "row_splits must not decrease, got row_splits[{}] = {} and row_splits[{}] = {}",
         first_decrease,
     )
-    ends = _inputs.require(
+    ends = arguments.require(
         row_splits[-1] == nnz,
         "row_splits must end at nnz = {}, got row_splits[{}] = {}",
         lambda: (nnz, last, row_splits[-1]),

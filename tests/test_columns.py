@@ -9,8 +9,8 @@ from testing import oracle, run_python
 
 from deepfm_ops import DeepFM, DenseFeat, SparseFeat, VarLenSparseFeat, get_feature_names
 from deepfm_ops import deepctr as deepctr_names
-from deepfm_ops.columns import ColumnEncoder
-from deepfm_ops.features import TablePlan
+from deepfm_ops.features.columns import TablePlan
+from deepfm_ops.features.columns_tensorflow import ColumnEncoder
 
 ROWS = 48
 

@@ -158,7 +158,7 @@ def test_column_models(kind, elsewhere, rng, tmp_path):
     model = shuffled(DeepFM.from_columns(columns, columns, dnn_hidden_units=(6,)), rng)
     deepfm_ops.export(model, tmp_path / "m")
     specs = signature_of(tmp_path / "m").structured_input_signature[1]
-    assert set(specs) == set(model._input_names)
+    assert set(specs) == set(model.plan.inputs)
     given = {name: np.reshape(inputs[name], (-1, *spec.shape[1:])) for name, spec in specs.items()}
     tensors = {
         name: tf.constant(x.tolist() if specs[name].dtype == tf.string else x, specs[name].dtype)
@@ -261,7 +261,7 @@ def test_dictionaries_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="features have 1 columns, but the inputs of the model have shapes"):
         deepfm_ops.export(DeepFM(3, 2, 4, (5,)), tmp_path / "m", features=mixed)
     two = FeatureDictionary().fit({"a": ["x|y"], "b": ["z"]}, multivalued=["a"], categorical=["b"])
-    with pytest.raises(ValueError, match=r"features have field_sizes \[1, 2\], but the model has None"):
+    with pytest.raises(ValueError, match=r"features have field_sizes \[1, 2\], but the model has \[1, 1, 1\]"):
         deepfm_ops.export(DeepFM(4, 3, 4, (5,)), tmp_path / "m", features=two)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from testing import dense_samples, oracle, ragged_samples, run_python, tolerance
 
-kernels = pytest.importorskip("deepfm_ops._kernels", reason="a pure-Python install has no kernels")
+kernels = pytest.importorskip("deepfm_ops.kernels", reason="a pure-Python install has no kernels")
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -198,12 +198,12 @@ def test_other_threads_run_meanwhile(rng):
 def test_after_a_fork():
     code = """
 import os, numpy as np
-from deepfm_ops import _kernels
+from deepfm_ops import kernels
 table, indices = np.ones((100, 16), "f"), np.zeros((5000, 20), np.int64)
-_kernels.fm_forward(table, indices, threads=2)
+kernels.fm_forward(table, indices, threads=2)
 child = os.fork()
 if child == 0:
-    os._exit(0 if _kernels.fm_forward(table, indices, threads=2)[0][0, 0] == 16 * 190 else 1)
+    os._exit(0 if kernels.fm_forward(table, indices, threads=2)[0][0, 0] == 16 * 190 else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run_python(code).strip() == "0"
@@ -353,7 +353,7 @@ def test_more_than_two_to_the_31_elements():
 
 def test_without_tensorflow():
     assert (
-        run_python("import sys; from deepfm_ops import _kernels; print('tensorflow' in sys.modules)").strip() == "False"
+        run_python("import sys; from deepfm_ops import kernels; print('tensorflow' in sys.modules)").strip() == "False"
     )
 
 

@@ -16,7 +16,7 @@ from testing import (
 )
 
 import deepfm_ops
-from deepfm_ops import _inputs, _library, ops, reference
+from deepfm_ops import _library, arguments, ops, reference
 
 # Small integers: every sum is exact, in every dtype and order.
 TABLE = np.array([[1, 2], [3, -1], [0, 4], [-2, 1]], np.float32)
@@ -133,7 +133,7 @@ def test_narrow_tables_convert_like_tensorflow(rng):
             _library.instruction_set(isa)
             for dtype in (tf.bfloat16, tf.float16):
                 table = tf.Variable(tf.zeros((1, wide.shape[1]), dtype))
-                pairs = _inputs.parse(table, np.array([[0]]), None, None, "vector")[1]
+                pairs = arguments.parse(table, np.array([[0]]), None, None, "vector")[1]
                 with tf.GradientTape() as tape:
                     y, *_ = ops.interaction(table, pairs, "sum")
                 d_table = tape.gradient(y, table, output_gradients=tf.constant(wide)).values
@@ -150,7 +150,7 @@ def test_narrow_tables_convert_like_tensorflow(rng):
 def test_fields_of_several_columns(splits, output, rng):
     table = tf.Variable(rng.normal(size=(8, 5)))
     indices, values = rng.integers(0, 8, (4, 6)), tf.constant(rng.normal(size=(4, 6)))
-    pairs = _inputs.parse(table, indices, values, None, "vector")[1]
+    pairs = arguments.parse(table, indices, values, None, "vector")[1]
     samples = [
         [[(i[p], x[p]) for p in range(a, b)] for a, b in zip(splits[:-1], splits[1:], strict=True)]
         for i, x in zip(indices, values.numpy(), strict=True)
@@ -172,11 +172,11 @@ def test_fields_of_several_columns(splits, output, rng):
 
 
 PAIRS = {
-    "dense": lambda i, x: (_inputs.Pairs(i, x, None), ()),
-    "ones": lambda i, x: (_inputs.Pairs(i, None, None), ()),
-    "fields": lambda i, x: (_inputs.Pairs(i, x, None), (0, 1, 4, 4, 6)),
+    "dense": lambda i, x: (arguments.Pairs(i, x, None), ()),
+    "ones": lambda i, x: (arguments.Pairs(i, None, None), ()),
+    "fields": lambda i, x: (arguments.Pairs(i, x, None), (0, 1, 4, 4, 6)),
     "ragged": lambda i, x: (
-        _inputs.Pairs(tf.reshape(i, [-1]), tf.reshape(x, [-1]), tf.constant([0, 3, 3, 24], tf.int64)),
+        arguments.Pairs(tf.reshape(i, [-1]), tf.reshape(x, [-1]), tf.constant([0, 3, 3, 24], tf.int64)),
         (),
     ),
 }
@@ -301,7 +301,7 @@ def test_grouping_at_every_number_of_bits(num_rows, rng):
     """The radix sort's digits: the gradient of a table of one column counts the pairs of a row."""
     table = tf.Variable(tf.zeros((num_rows, 1)))
     indices = np.concatenate([rng.integers(0, num_rows, 40000), [0, num_rows - 1]]).astype(np.int32)
-    pairs = _inputs.Pairs(tf.constant(indices), None, tf.constant([0, len(indices)], tf.int64))
+    pairs = arguments.Pairs(tf.constant(indices), None, tf.constant([0, len(indices)], tf.int64))
     with tf.GradientTape() as tape:
         y, *_ = ops.interaction(table, pairs, "sum")
     gradient = tape.gradient(y, table)
@@ -521,7 +521,7 @@ def test_a_table_on_a_gpu_is_left_to_tensorflow():
 
 
 def test_backend_argument():
-    pairs = _inputs.Pairs(tf.constant([[0, 1]]), None, None)
+    pairs = arguments.Pairs(tf.constant([[0, 1]]), None, None)
     with pytest.raises(ValueError, match="backend must be one of auto, native, reference, got 'gpu'"):
         ops.interaction(tf.constant(TABLE), pairs, "scalar", backend="gpu")
     native, plain = (

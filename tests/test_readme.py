@@ -21,7 +21,7 @@ def test_readme(number, tmp_path, monkeypatch):
     exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("module", ["features", "layers", "models", "scorer"])
+@pytest.mark.parametrize("module", ["features.dictionary", "layers", "models.matrix", "scorer.scoring"])
 def test_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"deepfm_ops.{module}"))
     assert result.attempted > 0 and result.failed == 0

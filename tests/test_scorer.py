@@ -21,13 +21,14 @@ from deepfm_ops import (
     FeatureDictionary,
     SparseFeat,
     VarLenSparseFeat,
-    _narrow,
-    _scorer_file,
-    exporting,
+    files,
     scorer,
 )
+from deepfm_ops.scorer import file as scorer_file
+from deepfm_ops.scorer import rows as scorer_rows
+from deepfm_ops.scorer.export import TABLES
 
-pytest.importorskip("deepfm_ops._kernels", reason="a pure-Python install has no kernels")
+pytest.importorskip("deepfm_ops.kernels", reason="a pure-Python install has no kernels")
 Scorer, ScorerFileError = scorer.Scorer, scorer.ScorerFileError
 KINDS = {
     "LR": {"use_fm": False, "use_deep": False},
@@ -130,8 +131,8 @@ def test_bfloat16_rounds_to_nearest(rng, tmp_path):
     x = np.concatenate(
         [rng.normal(size=1000), [0, -0.0, 1e-40, 3e38, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8]]
     ).astype("f")
-    np.testing.assert_array_equal(_narrow.bfloat16(x), tf.bitcast(tf.cast(x, tf.bfloat16), tf.uint16).numpy())
-    assert np.isnan(tf.bitcast(_narrow.bfloat16(np.float32([np.nan])), tf.bfloat16).numpy().astype("f"))
+    np.testing.assert_array_equal(scorer_rows.bfloat16(x), tf.bitcast(tf.cast(x, tf.bfloat16), tf.uint16).numpy())
+    assert np.isnan(tf.bitcast(scorer_rows.bfloat16(np.float32([np.nan])), tf.bfloat16).numpy().astype("f"))
     model = shuffled(DeepFM(40, 3, 5, (6,)), rng)
     inputs = matrices(rng, 40, 3)
     exact = scored(model, tmp_path / "m", inputs)
@@ -154,7 +155,7 @@ def test_int8_rows(rng):
     rows[0], rows[1], rows[2] = 0, 3.3, np.arange(16) == 5
     rows[3] += 1e6
     weights = rng.normal(size=(3000, 1)).astype("f")
-    got, got_weights = decoded(_narrow.quantized(rows, weights))
+    got, got_weights = decoded(scorer_rows.quantized(rows, weights))
     spread = rows.max(1) - rows.min(1)
     # Half a step, of a scale and an offset that are rounded outward to 8 bits.
     bound = (spread * (1 + 2**-6) + np.abs(rows.min(1)) * 2**-7) / 510 * 1.02 + 1e-30
@@ -163,11 +164,11 @@ def test_int8_rows(rng):
     np.testing.assert_allclose(got_weights, weights, rtol=2**-8)
     rows[1233] = -3.4e38
     with pytest.raises(ValueError, match="row 1233 of a table is too large for int8"):
-        _narrow.quantized(rows)
+        scorer_rows.quantized(rows)
     for bad in (np.nan, np.inf):
         rows[1234, 5] = bad
         with pytest.raises(ValueError, match="row 1234 of a table holds NaN or infinity"):
-            _narrow.quantized(rows)
+            scorer_rows.quantized(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +179,7 @@ def test_int8_scores_are_those_of_its_rows(kind, rng, tmp_path):
     layer = model.layers[2]
     if hasattr(layer, "embeddings"):
         w = None if layer.w is None else layer.w.numpy()
-        rows, weights = decoded(_narrow.quantized(layer.embeddings.numpy(), w))
+        rows, weights = decoded(scorer_rows.quantized(layer.embeddings.numpy(), w))
         layer.embeddings.assign(rows)
         if w is not None:
             layer.w.assign(weights)
@@ -186,7 +187,7 @@ def test_int8_scores_are_those_of_its_rows(kind, rng, tmp_path):
         layer.w.assign(tf.cast(tf.cast(layer.w.value, tf.bfloat16), tf.float32))
     for layer in model.layers:
         if layer.name.startswith("hidden_") and not KINDS[kind].get("batch_norm"):
-            layer.kernel.assign(decoded(_narrow.quantized(layer.kernel.numpy()))[0])
+            layer.kernel.assign(decoded(scorer_rows.quantized(layer.kernel.numpy()))[0])
     # The kernels of a batch norm's model are rounded after it was folded into them.
     bound = 0.05 if KINDS[kind].get("batch_norm") else 1e-5
     np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=bound)
@@ -196,7 +197,7 @@ def test_int8_scores_are_those_of_its_rows(kind, rng, tmp_path):
 def test_int8_file_is_small(kind, tmp_path):
     model = DeepFM(100_000, 39, 16, **KINDS[kind])
     sizes = {}
-    for table in exporting.TABLES:
+    for table in TABLES:
         deepfm_ops.export_scorer(model, tmp_path / table, table)
         sizes[table] = (tmp_path / table).stat().st_size
     assert sizes["int8"] <= 0.35 * sizes["float32"] and sizes["bfloat16"] <= 0.64 * sizes["float32"]
@@ -224,7 +225,7 @@ def test_samples_of_any_length(rng, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("table", exporting.TABLES)
+@pytest.mark.parametrize("table", TABLES)
 def test_bags_of_any_length(kind, table, rng, tmp_path):
     model = shuffled(DeepFM(60, 3, 7, (5,), field_sizes=[1, 3, 2], **KINDS[kind]), rng)
     deepfm_ops.export_scorer(model, tmp_path / "m", table)
@@ -542,18 +543,18 @@ def test_truncated_and_foreign_files(small_file, tmp_path):
 
 
 def test_a_newer_format(small_file, monkeypatch):
-    manifest, arrays, _ = _scorer_file.read(small_file)
+    manifest, arrays, _ = scorer_file.read(small_file)
     with monkeypatch.context() as patch:
-        patch.setattr(_scorer_file, "FORMAT", 7)
-        _scorer_file.write(small_file, manifest, arrays)
+        patch.setattr(scorer_file, "FORMAT", 7)
+        scorer_file.write(small_file, manifest, arrays)
     with pytest.raises(ScorerFileError, match="is of format 7, this version of deepfm_ops reads 1: upgrade deepfm_ops"):
         Scorer.load(small_file)
 
 
 def test_a_whole_file_of_another_writer(small_file):
-    manifest, arrays, _ = _scorer_file.read(small_file)
+    manifest, arrays, _ = scorer_file.read(small_file)
     for wrong in ({}, {**manifest, "plan": {}}, {**manifest, "features": {"format": 99}}):
-        _scorer_file.write(small_file, wrong, arrays)
+        scorer_file.write(small_file, wrong, arrays)
         with pytest.raises(ScorerFileError, match="does not hold a model"):
             Scorer.load(small_file)
 
@@ -564,15 +565,15 @@ def test_the_file_is_a_zip_of_aligned_arrays(small_file):
         assert json.loads(archive.read("manifest.json"))["info"]["table"] == "float32"
     arrays = np.load(small_file)
     assert arrays["fm_rows"].shape == (20, 4) and arrays["kernel_0"].shape == (12, 6)
-    for array in _scorer_file.read(small_file)[1].values():
+    for array in scorer_file.read(small_file)[1].values():
         assert array.ctypes.data % 64 == 0 and not array.flags.writeable
 
 
 def test_large_files_are_checksummed_in_pieces(tmp_path, monkeypatch, rng):
-    monkeypatch.setattr(_scorer_file, "_PIECE", 1000)
+    monkeypatch.setattr(scorer_file, "_PIECE", 1000)
     array = rng.normal(size=(100, 13))
-    _scorer_file.write(tmp_path / "f", {}, {"a": array, "none": np.zeros((0, 3), "f")})
-    _, arrays, _ = _scorer_file.read(tmp_path / "f")
+    scorer_file.write(tmp_path / "f", {}, {"a": array, "none": np.zeros((0, 3), "f")})
+    _, arrays, _ = scorer_file.read(tmp_path / "f")
     np.testing.assert_array_equal(arrays["a"], array)
     assert arrays["none"].shape == (0, 3)
 
@@ -597,7 +598,7 @@ def test_a_write_that_fails_leaves_the_old_file(small_file, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(_scorer_file.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,)), small_file)
     assert small_file.read_bytes() == before and list(small_file.parent.iterdir()) == [small_file]
@@ -693,17 +694,17 @@ print(deepfm_ops.scorer.Scorer.load({str(small_file)!r}).score([[0, 1, 2]]).shap
 
 
 def test_hash_buckets(rng):
-    from deepfm_ops import _kernels
+    from deepfm_ops import kernels
 
     texts = [rng.bytes(n) for n in range(300)] + ["", "0", "Zürich", "東京" * 30]
     for buckets in (1, 7, 10**6, 2**62 + 1):
         expected = [int(tf.strings.to_hash_bucket_fast(text, buckets)) for text in texts]
-        assert _kernels.hash_buckets(texts, buckets).tolist() == expected
+        assert kernels.hash_buckets(texts, buckets).tolist() == expected
     with pytest.raises(TypeError, match=r"texts\[1\] must be str or bytes, got int"):
-        _kernels.hash_buckets(["a", 1], 3)
+        kernels.hash_buckets(["a", 1], 3)
     with pytest.raises(ValueError, match="buckets must be at least 1, got 0"):
-        _kernels.hash_buckets(["a"], 0)
+        kernels.hash_buckets(["a"], 0)
     made = [f"text {i}" * 9 for i in range(2000)]
-    assert _kernels.hash_buckets((text for text in made), 9).tolist() == _kernels.hash_buckets(made, 9).tolist()
+    assert kernels.hash_buckets((text for text in made), 9).tolist() == kernels.hash_buckets(made, 9).tolist()
     with pytest.raises(UnicodeEncodeError):
-        _kernels.hash_buckets(["\ud800"], 3)
+        kernels.hash_buckets(["\ud800"], 3)

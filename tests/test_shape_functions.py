@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from testing import REFERENCE_MODE
 
-from deepfm_ops import _inputs, _library, ops
+from deepfm_ops import _library, arguments, ops
 
 B, F, K = None, None, None  # names for unknown dimensions
 
@@ -99,7 +99,7 @@ def test_forward(case, resource):
 def test_embeddings_are_empty_unless_asked_for():
     if REFERENCE_MODE:
         return
-    pairs = _inputs.Pairs(tf.constant([[0, 1]]), None, None)
+    pairs = arguments.Pairs(tf.constant([[0, 1]]), None, None)
     native = _library.native_ops("native")
     result = native.deepfm_ops_fm_interaction(
         table=tf.ones((2, 3)),

@@ -15,14 +15,13 @@ import io
 import json
 import mmap
 import os
-import pathlib
 import re
-import secrets
-import shutil
 import struct
 import zipfile
 
 import numpy as np
+
+from deepfm_ops.files import replacing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -67,30 +66,20 @@ def write(path, manifest, arrays):
         arrays: {name: NumPy array}.
 
     """
-    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
-    fresh = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
-    try:
-        with open(fresh, "x+b") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _write_entry(archive, MANIFEST, b"", json.dumps(manifest, default=lambda x: x.item()).encode())
-                for name, array in arrays.items():
-                    header = io.BytesIO()
-                    array = np.ascontiguousarray(array)
-                    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-                    _write_entry(archive, f"{name}.npy", header.getvalue(), array.reshape(-1).view(np.uint8).data)
-            file.flush()
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-                with view[:-2] as covered:  # the last two bytes are the length of the comment
-                    comment = f"deepfm_ops scorer {FORMAT} sha256 {_digest(covered)}".encode()
-            file.seek(-2, os.SEEK_END)
-            file.write(struct.pack("<H", len(comment)) + comment)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, fresh)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(path) as fresh, open(fresh, "x+b") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            _write_entry(archive, MANIFEST, b"", json.dumps(manifest, default=lambda x: x.item()).encode())
+            for name, array in arrays.items():
+                header = io.BytesIO()
+                array = np.ascontiguousarray(array)
+                np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+                _write_entry(archive, f"{name}.npy", header.getvalue(), array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            with view[:-2] as covered:  # the last two bytes are the length of the comment
+                comment = f"deepfm_ops scorer {FORMAT} sha256 {_digest(covered)}".encode()
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", len(comment)) + comment)
 
 
 def _checked(path, content):

@@ -1,21 +1,13 @@
-"""DeepFM as a Keras model, over index and value matrices or over feature columns."""
+"""DeepFM over index and value matrices."""
 
 import keras
 
-from deepfm_ops._parts import (
-    ConfiguredModel,
-    DtypePolicy,
-    Head,
-    Plan,
-    check_integers,
-    mlp,
-    seed_for,
-    table_l2,
-    weights_l2,
-)
-from deepfm_ops.column_model import ColumnDeepFM
-from deepfm_ops.features import DEFAULT_GROUP_NAME
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
+from deepfm_ops.models.columns import ColumnDeepFM
+from deepfm_ops.models.parts import Head, mlp, seed_for
+from deepfm_ops.models.penalties import table_l2, weights_l2
+from deepfm_ops.plan import Lookup, Plan
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -132,11 +124,11 @@ class DeepFM(ConfiguredModel):
                 keras.Input((num_columns,), dtype="int64", name="indices"),
                 keras.Input((num_columns,), dtype="float32", name="values"),
             )
-            shared = {"field_sizes": field_sizes or [1] * num_fields, "backend": backend}
-            parts, plan = [], Plan()
+            sizes = list(field_sizes or [1] * num_fields)
+            shared = {"field_sizes": sizes, "backend": backend}
+            parts, plan = [], Plan(task)
             if use_fm or use_deep:
-                plan.lookups.append({"layer": "fm", "encoder": None, "spans": None})
-                embeddings, second_order, *linear = FMInteraction(
+                fm = FMInteraction(
                     num_features,
                     embedding_dim,
                     use_linear=use_linear,
@@ -146,81 +138,25 @@ class DeepFM(ConfiguredModel):
                     **table_l2(l2_scope, l2_embedding, l2_linear),
                     name="fm",
                     **shared,
-                )(inputs)
+                )
+                embeddings, second_order, *linear = fm(inputs)
+                plan.lookups.append(Lookup(fm, sizes))
                 parts += [*linear, second_order] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
             else:
-                plan.first_orders.append({"layer": "first_order", "encoder": None, "spans": None})
                 first_order = FirstOrder(num_features, **weights_l2(l2_scope, l2_linear), name="first_order", **shared)
+                plan.first_orders.append(Lookup(first_order, sizes))
                 parts.append(first_order(inputs))
             if use_deep:
                 flat = keras.layers.Flatten(name="flatten")(embeddings)
-                parts.append(mlp(flat, config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed))
-            self._finish(config, inputs, Head(task, name="head")(parts), name, trainable, frozen, plan)
+                parts.append(mlp(flat, plan, config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed))
+            plan.head = Head(task, name="head")
+            self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
     def _checked(self, inputs):
         if isinstance(inputs, list | tuple) and len(inputs) == 2:
             check_integers("indices", inputs[0])
         return inputs
 
-    @classmethod
-    def from_columns(
-        cls,
-        linear_feature_columns,
-        dnn_feature_columns,
-        fm_group=(DEFAULT_GROUP_NAME,),
-        dnn_hidden_units=(256, 128, 64),
-        l2_reg_linear=0.00001,
-        l2_reg_embedding=0.00001,
-        l2_reg_dnn=0,
-        seed=1024,
-        dnn_dropout=0,
-        dnn_activation="relu",
-        dnn_use_bn=False,
-        task="binary",
-        **flags,
-    ):
-        """A DeepFM over a dict of named inputs; DeepCTR's arguments, names and defaults.
-
-        The columns of one width share one table, so that one op call looks all of them up.
-
-        Args:
-            linear_feature_columns: columns of the first order.
-            dnn_feature_columns: columns of the second order and the deep part.
-            fm_group: names of the groups whose columns interact, each group within itself.
-            dnn_hidden_units: widths of the MLP's layers.
-            l2_reg_linear: L2 strength on the first order.
-            l2_reg_embedding: L2 strength on the embeddings.
-            l2_reg_dnn: L2 strength on the MLP's kernels.
-            seed: int for repeatable initial weights and dropout, or None.
-            dnn_dropout: rate after each hidden layer.
-            dnn_activation: of the hidden layers.
-            dnn_use_bn: normalize before each activation.
-            task: "binary" or "regression".
-            **flags: use_linear, use_fm, use_deep (all True), backend ("auto"), and l2_scope: "batch", or
-                "table" for penalties on whole tables as in DeepCTR; see `DeepFM`.
-
-        Returns:
-            A keras.Model over a dict of inputs [B, 1] or [B], [B, maxlen] and [B, dimension]; keys that it
-            does not need are ignored.
-
-        Raises:
-            ValueError, TypeError: columns or arguments that do not fit.
-            KeyError: when called, a missing input.
-
-        """
-        return ColumnDeepFM(
-            linear_feature_columns,
-            dnn_feature_columns,
-            fm_group,
-            dnn_hidden_units,
-            l2_reg_linear,
-            l2_reg_embedding,
-            l2_reg_dnn,
-            seed,
-            dnn_dropout,
-            dnn_activation,
-            dnn_use_bn,
-            task,
-            **flags,
-        )
+    # One signature, and one documentation: those of the model that it makes.
+    from_columns = ColumnDeepFM

@@ -1,4 +1,4 @@
-"""DeepFM over feature columns: what `DeepFM.from_columns` returns."""
+"""DeepFM over feature columns: `DeepFM.from_columns`."""
 
 import itertools
 import math
@@ -7,27 +7,52 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import columns as _columns
-from deepfm_ops._parts import (
-    BiInteraction,
-    ConfiguredModel,
-    DtypePolicy,
-    Head,
-    Plan,
-    check_integers,
-    l2_regularizer,
-    mlp,
-    seed_for,
-    table_l2,
-    weights_l2,
-)
-from deepfm_ops.features import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_array, input_specs
+from deepfm_ops.features import columns_tensorflow as encoding
+from deepfm_ops.features.columns import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_specs
+from deepfm_ops.features.tables import input_array
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
+from deepfm_ops.models.parts import BiInteraction, Head, mlp, seed_for
+from deepfm_ops.models.penalties import l2_regularizer, table_l2, weights_l2
+from deepfm_ops.plan import Lookup, Plan
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
 class ColumnDeepFM(ConfiguredModel):
-    """What `DeepFM.from_columns` returns, and documents."""
+    """`DeepFM.from_columns`: DeepFM over a dict of named inputs; DeepCTR's arguments, names and defaults.
+
+    The columns of one width share one table, so that one op call looks all of them up.
+
+    Args:
+        linear_feature_columns: columns of the first order.
+        dnn_feature_columns: columns of the second order and the deep part.
+        fm_group: names of the groups whose columns interact, each group within itself.
+        dnn_hidden_units: widths of the MLP's layers.
+        l2_reg_linear: L2 strength on the first order.
+        l2_reg_embedding: L2 strength on the embeddings.
+        l2_reg_dnn: L2 strength on the MLP's kernels.
+        seed: int for repeatable initial weights and dropout, or None.
+        dnn_dropout: rate after each hidden layer.
+        dnn_activation: of the hidden layers.
+        dnn_use_bn: normalize before each activation.
+        task: "binary" or "regression".
+        use_linear, use_fm, use_deep: which parts there are.
+        l2_scope: what l2_reg_linear and l2_reg_embedding act on: "batch", or "table" for whole tables as in DeepCTR;
+            see `DeepFM`.
+        backend: "auto", "native" or "reference".
+
+    Call arguments:
+        inputs: a dict of [B, 1] or [B], [B, maxlen] and [B, dimension], or a list in the order of
+            `get_feature_names`; keys that the model does not need are ignored.
+
+    Returns:
+        [B, 1] float32.
+
+    Raises:
+        ValueError, TypeError: columns or arguments that do not fit.
+        KeyError: when called, a missing input.
+
+    """
 
     def __init__(
         self,
@@ -54,20 +79,20 @@ class ColumnDeepFM(ConfiguredModel):
         frozen=(),
         dtype=None,
     ):
-        linear = [_columns.column_from_config(column) for column in linear_feature_columns]
-        dnn = [_columns.column_from_config(column) for column in dnn_feature_columns]
+        linear = [encoding.column_from_config(column) for column in linear_feature_columns]
+        dnn = [encoding.column_from_config(column) for column in dnn_feature_columns]
         linear, dnn = linear if use_linear else [], dnn if use_fm or use_deep else []
         specs = input_specs([*linear, *dnn])
         # Indices come in as int64 whatever the column says: a cast to fewer bits would wrap them round.
         kinds = {name: kind if kind == "string" or "float" in kind else "int64" for name, (_, kind) in specs.items()}
         fm_group = [fm_group] if isinstance(fm_group, str) else list(fm_group)
         for columns in (linear, dnn):
-            _columns.check_shared(columns)
+            encoding.check_shared(columns)
         if not specs:
             raise ValueError("the model needs at least one feature column in a part that is in use")
         config = {
-            "linear_feature_columns": [_columns.column_to_config(column) for column in linear],
-            "dnn_feature_columns": [_columns.column_to_config(column) for column in dnn],
+            "linear_feature_columns": [encoding.column_to_config(column) for column in linear],
+            "dnn_feature_columns": [encoding.column_to_config(column) for column in dnn],
             "fm_group": fm_group,
             "dnn_hidden_units": [positive("a hidden width", units) for units in dnn_hidden_units],
             "l2_reg_linear": l2_reg_linear,
@@ -89,7 +114,7 @@ class ColumnDeepFM(ConfiguredModel):
         with DtypePolicy(dtype):
             inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
             encode = _Encoders(inputs)
-            plan = Plan()
+            plan = Plan(task, inputs={key: (shape, kinds[key]) for key, (shape, _) in specs.items()})
             strengths = (l2_scope, l2_reg_embedding, l2_reg_linear)
             fused = _fused(linear, dnn)
             parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encode, plan)
@@ -101,23 +126,20 @@ class ColumnDeepFM(ConfiguredModel):
             if use_deep and dnn:
                 deep = [keras.layers.Flatten()(tensor) for tensor, _ in embeddings]
                 if dense:
-                    deep.append(_columns.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
+                    plan.deep_dense = dense
+                    deep.append(encoding.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
                 x = keras.layers.Concatenate(name="deep_input")(deep) if len(deep) > 1 else deep[0]
-                parts.append(
-                    mlp(x, config["dnn_hidden_units"], dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed)
-                )
+                units = config["dnn_hidden_units"]
+                parts.append(mlp(x, plan, units, dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed))
             if not parts:
                 raise ValueError(
                     "no part of the model is left: no linear columns, no interacting columns, no deep part"
                 )
-            plan.num_encoders = len(encode.made)
-            self._finish(config, inputs, Head(task, name="head")(parts), name, trainable, frozen, plan)
-        self._input_names = list(specs)
-        self._input_specs = {name: (shape, kinds[name]) for name, (shape, _) in specs.items()}
+            plan.encoders = encode.columns
+            plan.head = Head(task, name="head")
+            self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
     def _checked(self, inputs):
-        if not hasattr(self, "_input_names"):
-            return inputs
         inputs = self._select(inputs)
         for name in self._index_inputs:
             check_integers(f"input {name!r}", inputs[name])
@@ -126,13 +148,13 @@ class ColumnDeepFM(ConfiguredModel):
     def _select(self, inputs):
         """The inputs this model needs, from a dict, or from a list in the order of get_feature_names."""
         if not isinstance(inputs, dict):
-            if not isinstance(inputs, list | tuple) or len(inputs) != len(self._input_names):
-                raise ValueError(f"inputs must be a dict, or a list in this order: {self._input_names}")
-            inputs = dict(zip(self._input_names, inputs, strict=True))
-        missing = [name for name in self._input_names if name not in inputs]
+            if not isinstance(inputs, list | tuple) or len(inputs) != len(self.plan.inputs):
+                raise ValueError(f"inputs must be a dict, or a list in this order: {list(self.plan.inputs)}")
+            inputs = dict(zip(self.plan.inputs, inputs, strict=True))
+        missing = [name for name in self.plan.inputs if name not in inputs]
         if missing:
             raise KeyError(f"inputs are missing {missing}; got {sorted(inputs)}")
-        return {name: inputs[name] for name in self._input_names}
+        return {name: inputs[name] for name in self.plan.inputs}
 
     def _arrays(self, x):
         """What Keras can slice, from a dict or list of arrays and pandas Series; anything else as it is."""
@@ -146,7 +168,7 @@ class ColumnDeepFM(ConfiguredModel):
 
     def _array(self, name, column):
         """One input in the shape and kind that the model has for it."""
-        shape, kind = self._input_specs[name]
+        shape, kind = self.plan.inputs[name]
         if not tf.is_tensor(column):
             column = input_array(name, column, shape, kind)
             # Keras slices no NumPy array of text.
@@ -204,17 +226,18 @@ class _Encoders:
     """The encoders of a model and the pairs they give: one for all parts that have the same columns."""
 
     def __init__(self, inputs):
-        self.inputs, self.made = inputs, []
+        self.inputs, self.made, self.columns = inputs, [], []
 
     def __call__(self, columns):
         """(number of the encoder, its pairs)."""
-        wanted = [_columns.encoding(column) for column in columns]
+        wanted = [encoding.encoding(column) for column in columns]
         for number, (encodings, pairs) in enumerate(self.made):
             if encodings == wanted:
                 return number, pairs
         number = len(self.made)
-        encoder = _columns.ColumnEncoder(columns, name=f"encode_{number}")
+        encoder = encoding.ColumnEncoder(columns, name=f"encode_{number}")
         self.made.append((wanted, encoder(_needed(self.inputs, columns))))
+        self.columns.append(columns)
         return number, self.made[-1][1]
 
 
@@ -236,7 +259,7 @@ def _pooled(embeddings, mask, columns, plan):
     if spans is None:
         return embeddings
     first_columns = [0, *itertools.accumulate(plan.field_sizes[:-1])]  # a max-pooled field is one column
-    return _columns.PoolMax(spans)((embeddings, keras.ops.take(mask, first_columns, axis=1)))
+    return encoding.PoolMax(spans)((embeddings, keras.ops.take(mask, first_columns, axis=1)))
 
 
 def _linear_tables(columns):
@@ -250,9 +273,9 @@ def _fused(linear, dnn):
     """
     fused = {}
     for number, ((_, trainable), members) in enumerate(_tables(dnn, lambda column: column.embedding_dim)):
-        wanted = [_columns.encoding(column) for column in members]
+        wanted = [encoding.encoding(column) for column in members]
         for candidate, ((_, its_trainable), others) in enumerate(_linear_tables(linear)):
-            same = wanted == [_columns.encoding(column) for column in others] and trainable == its_trainable
+            same = wanted == [encoding.encoding(column) for column in others] and trainable == its_trainable
             if same and candidate not in fused.values() and not any(map(_is_max, [*members, *others])):
                 fused[number] = candidate
                 break
@@ -270,31 +293,34 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
         encoder, (indices, values, mask) = encode(members)
         shared = {"field_sizes": table.field_sizes, "backend": backend, "trainable": trainable}
         shared["name"] = f"first_order_{number}"
-        plan.first_orders.append({"layer": shared["name"], "encoder": encoder, "spans": _spans(members)})
         if any(map(_is_max, members)):
-            weights, _ = FMInteraction(
+            layer = FMInteraction(
                 table.num_rows,
                 1,
                 return_embeddings=True,
                 embeddings_initializer="zeros",
                 **table_l2(scope, l2),
                 **shared,
-            )((indices, values))
+            )
+            weights, _ = layer((indices, values))
             parts.append(keras.ops.sum(_pooled(weights, mask, members, table), axis=1))
         else:
-            parts.append(FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)((indices, values)))
+            layer = FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)
+            parts.append(layer((indices, values)))
+        plan.first_orders.append(Lookup(layer, table.field_sizes, encoder, _spans(members)))
     dense = [column for column in columns if isinstance(column, DenseFeat)]
     if dense:
-        numbers = _columns.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
+        numbers = encoding.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
         initializer = keras.initializers.GlorotNormal(seed_for(seed, 5))
-        kernel = keras.layers.Dense(
+        plan.linear_dense = dense
+        plan.linear_kernel = keras.layers.Dense(
             1,
             use_bias=False,
             kernel_initializer=initializer,
             kernel_regularizer=l2_regularizer(l2),
             name="linear_kernel",
         )
-        parts.append(kernel(numbers))
+        parts.append(plan.linear_kernel(numbers))
     return parts
 
 
@@ -312,21 +338,22 @@ def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
         initializer = keras.initializers.RandomNormal(stddev=0.0001, seed=seed_for(seed, number))
         table = TablePlan(members)
         encoder, (indices, values, mask) = encode(members)
-        plan.lookups.append({"layer": f"fm_{number}", "encoder": encoder, "spans": _spans(members)})
         use_linear = number in fused
-        embeddings, interaction, *linear = FMInteraction(
+        layer = FMInteraction(
             table.num_rows,
             dim,
             use_linear=use_linear,
             linear_apart=use_linear,
             return_embeddings=True,
-            embeddings_initializer=_columns.table_initializer(table, initializer),
+            embeddings_initializer=encoding.table_initializer(table, initializer),
             **table_l2(scope, l2, l2_linear if use_linear else 0.0),
             field_sizes=table.field_sizes,
             backend=backend,
             trainable=trainable,
             name=f"fm_{number}",
-        )((indices, values))
+        )
+        embeddings, interaction, *linear = layer((indices, values))
+        plan.lookups.append(Lookup(layer, table.field_sizes, encoder, _spans(members)))
         field = 0
         for column in members:
             for _ in range(getattr(column, "dimension", 1)):

@@ -5,8 +5,8 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from deepfm_ops import _inputs
-from deepfm_ops.features import DenseFeat, SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
+from deepfm_ops import arguments
+from deepfm_ops.features.columns import DenseFeat, SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
 
 
 def column_to_config(column):
@@ -148,7 +148,7 @@ class ColumnEncoder(keras.layers.Layer):
                 return first // tf.shape(x, tf.int64)[1], flat[first], column.vocabulary_size
 
             text = f"column {column.name}: index in row {{}} = {{}} is not in [0, {{}})"
-            with tf.control_dependencies(_inputs.require(good, text, shown)):
+            with tf.control_dependencies(arguments.require(good, text, shown)):
                 return tf.identity(x)
         x = x if x.dtype == tf.string else tf.strings.as_string(x)
         if not padded:

@@ -1,25 +1,20 @@
-"""Scores a trained model with the kernels and NumPy alone: importing this imports neither TensorFlow nor Keras.
-
-`deepfm_ops.export_scorer` writes the file, anywhere TensorFlow runs; `Scorer.load(path).score(...)` reads it where it
-does not.
-"""
+"""The scores of a scorer's file, by the kernels and NumPy."""
 
 import collections.abc
-import math
 import threading
 
 import numpy as np
 
-from deepfm_ops import _scorer_file, features
-from deepfm_ops._narrow import decoded
-from deepfm_ops._scorer_file import ScorerFileError
+from deepfm_ops.features import columns_numpy
+from deepfm_ops.features.dictionary import FeatureDictionary
+from deepfm_ops.scorer import file
+from deepfm_ops.scorer.file import ScorerFileError
+from deepfm_ops.scorer.rows import decoded
 
 try:
-    from deepfm_ops import _kernels
+    from deepfm_ops import kernels
 except ImportError:  # a pure-Python install can write files, but not score with them
-    _kernels = None
-
-__all__ = ["Scorer", "ScorerFileError"]
+    kernels = None
 
 
 def _relu(x):
@@ -78,7 +73,7 @@ class Scorer:
     """
 
     def __init__(self, path, threads=1):
-        if _kernels is None:
+        if kernels is None:
             raise RuntimeError("scoring needs the compiled kernels, and deepfm_ops was installed without them")
         self._threads = threads
         self._turn = threading.Lock()
@@ -194,7 +189,7 @@ class _Lookup:
 
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
         """(interaction, embeddings or None, linear or None)."""
-        interaction, _, e, linear = _kernels.fm_forward(
+        interaction, _, e, linear = kernels.fm_forward(
             self.table,
             indices,
             values,
@@ -232,7 +227,7 @@ class _Model:
         self.first_orders = [_Lookup(part, arrays, threads) for part in plan["first_orders"]]
         self.lookups = [_Lookup(part, arrays, threads) for part in plan["lookups"]]
         self.second_order = plan["second_order"]
-        self.encoders = [_Encoder(columns) for columns in plan["encoders"]]
+        self.encoders = [columns_numpy.ColumnEncoder(columns) for columns in plan["encoders"]]
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.linear_kernel = arrays.get("linear_kernel")
         self.layers = [
@@ -243,14 +238,14 @@ class _Model:
         self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
         self.features = None
         if manifest["features"] is not None:
-            self.features = features.FeatureDictionary.from_config(manifest["features"])
+            self.features = FeatureDictionary.from_config(manifest["features"])
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
         self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])
 
     @classmethod
     def read(cls, path, threads):
-        manifest, arrays, digest = _scorer_file.read(path)
+        manifest, arrays, digest = file.read(path)
         try:
             return cls(manifest, arrays, digest, threads)
         except (KeyError, TypeError, ValueError) as error:  # whole, but of another writer
@@ -267,7 +262,7 @@ class _Model:
             return self.score_matrix(*self.features.transform(table))
         if self.inputs is None:
             raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
-        inputs = _raw_inputs(table, self.inputs)
+        inputs = columns_numpy.raw_inputs(table, self.inputs)
         return self._scores([encode(inputs) for encode in self.encoders], inputs, None)
 
     def score_ragged(self, indices, values, row_splits, bag_splits):
@@ -337,96 +332,10 @@ class _Model:
                 x += bias
                 x = activation(x)
             parts.append(x @ self.deep)
-        return _kernels.head(parts, self.bias, self.is_binary)
+        return kernels.head(parts, self.bias, self.is_binary)
 
 
 def _second_order(e):
     """[B, F, K] to [B, 1]."""
     sums = e.sum(axis=1)
     return np.float32(0.5) * (sums * sums - (e * e).sum(axis=1)).sum(axis=1, keepdims=True)
-
-
-def _raw_inputs(table, specs):
-    """{name: array [B, size]} of a dict or DataFrame: str objects, int64 or float32."""
-    missing = [name for name in specs if name not in table]
-    if missing:
-        raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, table.keys()))}")
-    arrays = {}
-    for name, (shape, kind) in specs.items():
-        if isinstance(table[name], str) or not hasattr(table[name], "__len__") or getattr(table[name], "ndim", 1) == 0:
-            raise ValueError(f"input {name!r} must be a list or an array with an entry per sample")
-        array = features.input_array(name, table[name], shape, kind)
-        if kind not in ("string", "int64"):
-            array = array.astype(kind).astype(np.float32)  # as the model's input rounds it
-        arrays[name] = array.reshape(len(array), math.prod(shape))
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"inputs must be equally long, got {lengths}")
-    return arrays
-
-
-class _Encoder:
-    """`columns.ColumnEncoder` on NumPy: raw inputs to the pairs of one table."""
-
-    def __init__(self, columns):
-        self.plan = features.TablePlan([features.column_from_plain(column) for column in columns])
-
-    def __call__(self, inputs):
-        indices, values, masks = [], [], []
-        for column in self.plan.columns:
-            start = self.plan.offsets[column.name]
-            if isinstance(column, features.VarLenSparseFeat):
-                index, value, mask = self._sequence(column, inputs)
-            elif isinstance(column, features.SparseFeat):
-                index = self._encode(column, inputs[column.name], padded=False)
-                value = mask = np.ones(index.shape, np.float32)
-            else:
-                value = inputs[column.name].astype(np.float32, copy=False)
-                mask = np.ones_like(value)
-                index = np.broadcast_to(np.arange(column.dimension), value.shape)
-            indices.append(index + start)
-            values.append(value)
-            masks.append(mask)
-        return tuple(np.ascontiguousarray(np.concatenate(parts, axis=1)) for parts in (indices, values, masks))
-
-    def _encode(self, column, x, padded):
-        """int64 [B, width] in [0, vocabulary_size)."""
-        name, size = column.name, column.vocabulary_size
-        if column.vocabulary is None and not column.use_hash:
-            bad = (x < 0) | (x >= size)
-            if bad.any():
-                row, place = np.argwhere(bad)[0]
-                raise IndexError(f"column {name}: index in row {row} = {x[row, place]} is not in [0, {size})")
-            return x
-        texts = list(map(str, x.flat))
-        if column.vocabulary is not None:
-            index = np.fromiter((column.vocabulary.get(text, 0) for text in texts), np.int64, len(texts))
-        elif not padded:
-            index = _kernels.hash_buckets(texts, size)
-        else:
-            hashed = np.minimum(1 + _kernels.hash_buckets(texts, max(1, size - 1)), size - 1)
-            is_padding = np.fromiter((text in ("", "0") for text in texts), bool, len(texts))
-            index = np.where(is_padding, 0, hashed)
-        return index.reshape(x.shape)
-
-    def _sequence(self, column, inputs):
-        """(indices, pooling weights, mask), each [B, maxlen]."""
-        width = column.maxlen
-        index = self._encode(column, inputs[column.name], padded=True)
-        if column.length_name is None:
-            mask = index != 0
-        else:
-            mask = np.arange(width) < inputs[column.length_name]
-        present = mask.astype(np.float32)
-        weights = present
-        if column.weight_name is not None:
-            weights = inputs[column.weight_name]
-            if column.weight_norm:
-                weights = np.where(mask, weights, np.finfo(np.float32).min)
-                weights = np.exp(weights - weights.max(axis=1, keepdims=True))
-                weights /= weights.sum(axis=1, keepdims=True)
-            weights = np.where(mask, weights, np.float32(0))
-        if column.combiner == "mean":
-            count = present.sum(axis=1, keepdims=True)
-            weights = np.divide(weights, count, out=np.zeros_like(weights), where=count > 0)
-        return index, weights, present

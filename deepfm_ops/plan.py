@@ -1,0 +1,102 @@
+"""What a model adds up, for those who compute it without Keras: exporters and the scorer. Imports no TensorFlow.
+
+    y = bias + first orders + second orders + deep part, and its sigmoid for task "binary"
+
+A model writes its plan while it is made. There the sources of numbers are its Keras layers; in a scorer's file they are
+the names of arrays, and in a scorer the arrays. Nothing is ever looked up by the name of a layer.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Lookup:
+    """The rows of one table, by the pairs of an encoder.
+
+    Attributes:
+        source: what owns the table [V, K]; its first-order weights [V, 1], where it has them, are added up too.
+        field_sizes: index columns of each field; they are summed.
+        encoder: number of the encoder that makes the pairs; None: indices and values are the model's own inputs.
+        spans: of fields that are then pooled by maximum, [(number of fields, whether to pool them)], or None.
+
+    """
+
+    source: Any
+    field_sizes: list
+    encoder: int | None = None
+    spans: list | None = None
+
+
+@dataclasses.dataclass
+class Plan:
+    """The parts of a model.
+
+    Attributes:
+        task: "binary" or "regression".
+        head: the source of the bias.
+        inputs: {name: (shape of a sample, dtype)} of a model of feature columns; None: indices and values.
+        encoders: the feature columns of each encoder.
+        first_orders: lookups whose rows, of one column, are summed.
+        lookups: lookups of embeddings.
+        second_order: numbers of lookups, for the interaction of all their fields, or lists of the (lookup, field) that
+            interact.
+        linear_dense, linear_kernel: dense columns of the first order, and the source of their kernel.
+        deep_dense: dense columns that enter the deep part after the embeddings.
+        hidden: (source of kernel and bias, source of a normalization before the activation or None) of each layer.
+        activation: of the hidden layers, as Keras serializes it.
+        deep: the source of the kernel [., 1] that ends the deep part, or None without a deep part.
+
+    """
+
+    task: str = "binary"
+    head: Any = None
+    inputs: dict | None = None
+    encoders: list = dataclasses.field(default_factory=list)
+    first_orders: list[Lookup] = dataclasses.field(default_factory=list)
+    lookups: list[Lookup] = dataclasses.field(default_factory=list)
+    second_order: list = dataclasses.field(default_factory=list)
+    linear_dense: list = dataclasses.field(default_factory=list)
+    linear_kernel: Any = None
+    deep_dense: list = dataclasses.field(default_factory=list)
+    hidden: list = dataclasses.field(default_factory=list)
+    activation: Any = None
+    deep: Any = None
+
+    @property
+    def tables(self):
+        """All lookups, first orders first."""
+        return [*self.first_orders, *self.lookups]
+
+    def with_sources(self, change):
+        """The plan with `change(source)` for every source."""
+        moved = lambda parts: [dataclasses.replace(part, source=change(part.source)) for part in parts]  # noqa: E731
+        optional = lambda source: None if source is None else change(source)  # noqa: E731
+        return dataclasses.replace(
+            self,
+            head=change(self.head),
+            first_orders=moved(self.first_orders),
+            lookups=moved(self.lookups),
+            linear_kernel=optional(self.linear_kernel),
+            hidden=[(change(layer), optional(norm)) for layer, norm in self.hidden],
+            deep=optional(self.deep),
+        )
+
+    def used(self, is_used):
+        """The plan without the lookups whose source is not `is_used(source)`, and without encoders only they had."""
+        kept = [number for number, part in enumerate(self.lookups) if is_used(part.source)]
+        lookups = [self.lookups[number] for number in kept]
+        encoders = sorted({part.encoder for part in (*self.first_orders, *lookups)} - {None})
+        renumbered = lambda part: dataclasses.replace(  # noqa: E731
+            part, encoder=None if part.encoder is None else encoders.index(part.encoder)
+        )
+        return dataclasses.replace(
+            self,
+            encoders=[self.encoders[number] for number in encoders],
+            first_orders=[renumbered(part) for part in self.first_orders],
+            lookups=[renumbered(part) for part in lookups],
+            second_order=[
+                [(kept.index(table), field) for table, field in group] if isinstance(group, list) else kept.index(group)
+                for group in self.second_order
+            ],
+        )
