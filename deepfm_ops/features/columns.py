@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from deepfm_ops.features import cells
+
 DEFAULT_GROUP_NAME = "default_group"
 COMBINERS = ("mean", "sum", "max")
 
@@ -47,7 +49,7 @@ class SparseFeat(_Column):
         name: the input's name.
         vocabulary_size: number of rows; indices are in [0, vocabulary_size).
         embedding_dim: width of the embedding, or "auto": 6 * floor(vocabulary_size ** 0.25).
-        use_hash: hash the input's text (integers are written out first) to [0, vocabulary_size).
+        use_hash: hash the input's canonical text (7, 7.0 and "7" are one) to [0, vocabulary_size).
         vocabulary_path: a CSV file of "index,key" lines that maps text to indices; other text is index 0.
             The file is read here, and travels with a saved model.
         dtype: of the input: an integer type, or "string" with use_hash or vocabulary_path.
@@ -55,7 +57,8 @@ class SparseFeat(_Column):
         embedding_name: columns with one embedding_name share their rows. None: the name.
         group_name: columns of one group interact with each other.
         trainable: whether the embedding learns.
-        vocabulary: {key: index}; read from vocabulary_path when None.
+        vocabulary: {key: index}, keys by their canonical text (see `FeatureDictionary`); read from vocabulary_path
+            when None.
 
     Raises:
         ValueError: an argument or a vocabulary file that does not fit.
@@ -85,6 +88,12 @@ class SparseFeat(_Column):
             object.__setattr__(self, "embedding_name", self.name)
         if self.vocabulary_path is not None and self.vocabulary is None:
             vocabulary = _read_vocabulary(self.vocabulary_path, self.name, self.vocabulary_size)
+            object.__setattr__(self, "vocabulary", vocabulary)
+        elif self.vocabulary is not None:
+            vocabulary = {cells.category(key, self.name): int(index) for key, index in self.vocabulary.items()}
+            for key, index in vocabulary.items():
+                if not 0 <= index < self.vocabulary_size:
+                    raise ValueError(f"{owner}: vocabulary[{key!r}] = {index} is not in [0, {self.vocabulary_size})")
             object.__setattr__(self, "vocabulary", vocabulary)
         if self.dtype != "string" and not np.issubdtype(np.dtype(self.dtype), np.integer):
             raise ValueError(f"{owner}: dtype must be an integer type or 'string', got {self.dtype!r}")
@@ -189,7 +198,7 @@ def input_specs(feature_columns) -> dict:
         if specs.setdefault(name, (shape, dtype)) != (shape, dtype):
             raise ValueError(f"input {name!r} is needed as {specs[name]} and as {(shape, dtype)}")
 
-    for column in feature_columns:
+    for column in as_columns(feature_columns):
         if isinstance(column, SparseFeat):
             add(column.name, (1,), column.dtype)
         elif isinstance(column, DenseFeat):
@@ -203,6 +212,17 @@ def input_specs(feature_columns) -> dict:
         else:
             raise TypeError(f"a feature column must be SparseFeat, DenseFeat or VarLenSparseFeat, got {column!r}")
     return specs
+
+
+def as_columns(columns) -> list:
+    """The columns as a list; one column is a list of one."""
+    return [columns] if isinstance(columns, _Column) else list(columns)
+
+
+def sequence_names(columns) -> set:
+    """The inputs whose samples may be shorter than the model's: values of multi-valued columns, and their weights."""
+    sequences = [column for column in columns if isinstance(column, VarLenSparseFeat)]
+    return {column.name for column in sequences} | {c.weight_name for c in sequences if c.weight_name is not None}
 
 
 def get_feature_names(feature_columns: Sequence) -> list[str]:

@@ -4,27 +4,150 @@ import math
 
 import numpy as np
 
+from deepfm_ops.features import cells
 from deepfm_ops.features.columns import SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
-from deepfm_ops.features.tables import input_array
+from deepfm_ops.features.tables import Table
 
 
-def raw_inputs(table, specs):
-    """{name: array [B, size]} of a dict or DataFrame: str objects, int64 or float32."""
-    missing = [name for name in specs if name not in table]
-    if missing:
-        raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, table.keys()))}")
+def raw_inputs(source, specs, sequences=(), unchecked=()):
+    """The inputs of feature columns as arrays.
+
+    Args:
+        source: a table, or a dict of plain values, one for each input, for one sample.
+        specs: {name: (shape of a sample, "string", "int64" or another dtype)}.
+        sequences: names of inputs whose samples may be shorter: they are filled up, with "" or 0.
+        unchecked: names of inputs that may hold any number, because the model transforms them.
+
+    Returns:
+        {name: array [B, *shape]}: canonical text as str objects, int64, or numbers.
+
+    Raises:
+        KeyError: inputs that are missing.
+        TypeError: content of another kind, by its place.
+        ValueError: other shapes, inputs that are not equally long, or numbers that no model can use.
+
+    """
+    table = Table(source, specs, [name for name, (shape, _) in specs.items() if math.prod(shape) > 1], what="input")
     arrays = {}
     for name, (shape, kind) in specs.items():
-        if isinstance(table[name], str) or not hasattr(table[name], "__len__") or getattr(table[name], "ndim", 1) == 0:
-            raise ValueError(f"input {name!r} must be a list or an array with an entry per sample")
-        array = input_array(name, table[name], shape, kind)
-        if kind not in ("string", "int64"):
-            array = array.astype(kind).astype(np.float32)  # as the model's input rounds it
-        arrays[name] = array.reshape(len(array), math.prod(shape))
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"inputs must be equally long, got {lengths}")
+        array = _from_array(name, table, shape, kind, name in sequences)
+        if array is None:
+            array = _from_cells(name, table, shape, kind, name in sequences)
+        if kind not in ("string", "int64") and name not in unchecked:
+            _check_numbers(name, array)
+        arrays[name] = array
     return arrays
+
+
+def _from_array(name, table, shape, kind, is_sequence):
+    """The input, if it is an array of numbers in the model's shape; None for all that is read cell by cell."""
+    array = None if kind == "string" else table.array(name, is_sequence)
+    if array is None:
+        return None
+    if array.shape[1:] != tuple(shape) and len(array):
+        if math.prod(array.shape[1:]) != math.prod(shape):
+            raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {array.shape}")
+        array = array.reshape(len(array), *shape)
+    if not len(array):
+        array = np.zeros((0, *shape), array.dtype)
+    if kind != "int64":
+        return array
+    if array.dtype.kind == "f":
+        whole = np.isfinite(array) & (array == np.floor(array))
+        if not whole.all():
+            first = tuple(np.argwhere(~whole)[0])
+            raise TypeError(
+                f"input {name!r} must hold integers, got {array.dtype} with fractions or NaN: {array[first]} in row "
+                f"{first[0]}; nothing can be missing in it, so fill it before"
+            )
+    if array.dtype.kind in "fu" and ((array < -(2.0**63)) | (array >= 2.0**63)).any():
+        raise TypeError(f"input {name!r} must hold integers of at most 64 bits")
+    return array.astype(np.int64)
+
+
+def _from_cells(name, table, shape, kind, is_sequence):
+    """The input, from samples of Python objects."""
+    convert = {"string": _text, "int64": _integer}.get(kind, _number)
+    width, cells_of = math.prod(shape), list(table.samples(name))
+    samples = [_flat(sample) for sample in cells_of]
+    lengths = {-1 if sample is None else len(sample) for sample in samples}
+    if -1 in lengths:  # plain values, each a sample by itself
+        if len(lengths) > 1:
+            raise ValueError(f"input {name!r} must hold equally long lists, or none")
+        samples, lengths = [[cell] for cell in cells_of], {1}
+    if is_sequence and max(lengths, default=0) <= width:
+        empty = "" if kind == "string" else 0
+        samples = [sample + [empty] * (width - len(sample)) for sample in samples]
+    elif lengths - {width}:
+        if len(lengths) > 1 and not is_sequence:
+            raise ValueError(f"input {name!r} must hold equally long lists")
+        row = next(row for row, sample in enumerate(samples) if len(sample) == max(lengths))
+        raise ValueError(
+            f"input {name!r} must have shape {('B', *shape)}, got ({len(samples)}, {max(lengths)}): "
+            f"row {row} has {max(lengths)} values"
+        )
+    found = [convert(name, value, row) for row, sample in enumerate(samples) for value in sample]
+    dtype = {"string": object, "int64": np.int64}.get(kind, np.float64)
+    return np.fromiter(found, dtype, len(found)).reshape(len(samples), *shape)
+
+
+def _flat(sample):
+    """The values of a sample that is a list of any kind; None for a plain one."""
+    if hasattr(sample, "tolist"):
+        sample = sample.tolist()
+    elif hasattr(sample, "to_list"):
+        sample = sample.to_list()
+    if not isinstance(sample, list | tuple):
+        return None
+    flat = []
+    for value in sample:
+        inner = _flat(value)
+        flat += [value] if inner is None else inner
+    return flat
+
+
+def _text(name, value, row):
+    if cells.is_missing(value):
+        return ""
+    try:
+        return cells.text(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"input {name!r} must hold text, got {value!r} in row {row}") from None
+
+
+def _integer(name, value, row):
+    try:
+        text = cells.text(int(value) if isinstance(value, bool | np.bool_) else value)
+        number = int(text)
+    except (TypeError, ValueError):
+        number = text = None
+    if number is None or str(number) != text:
+        kind = "integers" if isinstance(value, float) else f"numbers, got dtype {np.asarray(value).dtype}"
+        raise TypeError(f"input {name!r} must hold {kind}: {value!r} in row {row} is none")
+    if not -(2**63) <= number < 2**63:
+        raise TypeError(f"input {name!r} must hold integers of at most 64 bits, got {value!r} in row {row}")
+    return number
+
+
+def _number(name, value, row):
+    try:
+        if not cells.is_missing(value):
+            return float(value)
+        return np.nan
+    except OverflowError:
+        return np.inf
+    except (TypeError, ValueError):
+        dtype = np.asarray(value).dtype
+        raise TypeError(f"input {name!r} must hold numbers, got dtype {dtype}: {value!r} in row {row}") from None
+
+
+def _check_numbers(name, array):
+    """Raises where a number is one that no model can use; nothing can be missing here."""
+    good = np.abs(array) <= cells.LARGEST
+    if not good.all():
+        row = int(np.argwhere(~good)[0][0])
+        value = array[tuple(np.argwhere(~good)[0])]
+        raise ValueError(f"input {name!r}, row {row}: {value} {cells.UNUSABLE}")
 
 
 class ColumnEncoder:

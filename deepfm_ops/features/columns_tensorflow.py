@@ -1,11 +1,13 @@
-"""From feature columns to the indices and values of one table: the layers behind `DeepFM.from_columns`."""
+"""Feature columns in TensorFlow: raw inputs to the pairs of a table; `columns_numpy` is the other side."""
 
 import dataclasses
+import math
 
 import keras
 import tensorflow as tf
 
 from deepfm_ops import arguments
+from deepfm_ops.features import cells
 from deepfm_ops.features.columns import DenseFeat, SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
 
 
@@ -66,6 +68,68 @@ def check_shared(columns):
                     f"columns {other!r} and {column.name!r} share embedding {sparse.embedding_name!r}, so their {what} "
                     f"must be one, got {theirs[what]!r} and {value!r}"
                 )
+
+
+def as_text(name, x):
+    """A tensor as the canonical text of its values; missing values do not exist in tensors of numbers."""
+    if x.dtype == tf.string:
+        return x
+    if x.dtype == tf.bool:
+        return tf.where(x, "True", "False")
+    if x.dtype.is_integer:
+        return tf.strings.as_string(x)
+    text = f"input {name} must hold text or whole numbers, got {{}}: write fractions out as text"
+    is_whole = tf.equal(x, tf.round(x))
+
+    def shown():
+        flat, wrong = tf.reshape(x, [-1]), tf.reshape(tf.logical_not(is_whole), [-1])
+        return (flat[tf.argmax(tf.cast(wrong, tf.int32))],)
+
+    with tf.control_dependencies(arguments.require(tf.reduce_all(is_whole), text, shown)):
+        return tf.strings.as_string(tf.cast(x, tf.int64))
+
+
+def as_input(name, x, shape, kind, is_sequence):
+    """A tensor of raw input as the model takes it, [B, *shape].
+
+    Args:
+        name: of the input.
+        x: Tensor [B, *shape], or [B] where a sample has one value; RaggedTensor or SparseTensor where it may have
+            fewer.
+        shape: of a sample.
+        kind: "string", "int64" or another dtype.
+        is_sequence: whether samples may be shorter: they are filled up with "" or 0.
+
+    Raises:
+        TypeError, ValueError: another kind or shape.
+        InvalidArgumentError: a sample with more values, when it runs.
+
+    """
+    if isinstance(x, tf.SparseTensor):
+        x = tf.RaggedTensor.from_value_rowids(x.values, x.indices[:, 0], nrows=x.dense_shape[0])
+    if isinstance(x, tf.RaggedTensor):
+        if not is_sequence:
+            raise ValueError(f"input {name!r} must be dense, as only multi-valued columns may be ragged or sparse")
+        x = _filled(name, x.with_flat_values(as_text(name, x.flat_values)) if kind == "string" else x, shape)
+    if kind == "string":
+        x = as_text(name, x)
+    elif kind == "int64" and not x.dtype.is_integer:
+        raise TypeError(f"input {name!r} must be int32 or int64, got {x.dtype.name}")
+    if x.shape.rank is None or x.shape[1:] != tuple(shape):
+        if x.shape.rank is not None and x.shape[1:].num_elements() not in (None, math.prod(shape)):
+            raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {tuple(x.shape)}")
+        x = tf.reshape(x, (1 if x.shape.rank == 0 else tf.shape(x)[0], *shape))
+    return x
+
+
+def _filled(name, x, shape):
+    """A RaggedTensor as [B, *shape]."""
+    width, lengths = shape[0], x.row_lengths()
+    fits = tf.reduce_all(lengths <= width)
+    text = f"input {name} has {{}} values in row {{}}, the model takes at most {width}"
+    shown = lambda: (tf.reduce_max(lengths), tf.argmax(lengths))  # noqa: E731
+    with tf.control_dependencies(arguments.require(fits, text, shown)):
+        return x.to_tensor("" if x.dtype == tf.string else 0, shape=(None, *shape))
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -135,7 +199,7 @@ class ColumnEncoder(keras.layers.Layer):
     def _encode(self, column, x, padded):
         """int64 indices in [0, vocabulary_size). With `padded`, hashing keeps 0 for the value 0."""
         if column.vocabulary is not None:
-            return self.vocabularies[column.name].lookup(x if x.dtype == tf.string else tf.strings.as_string(x))
+            return self.vocabularies[column.name].lookup(as_text(column.name, x))
         if not column.use_hash:
             if not x.dtype.is_integer:
                 raise TypeError(f"column {column.name!r} must hold integers, got {x.dtype.name}")
@@ -150,7 +214,7 @@ class ColumnEncoder(keras.layers.Layer):
             text = f"column {column.name}: index in row {{}} = {{}} is not in [0, {{}})"
             with tf.control_dependencies(arguments.require(good, text, shown)):
                 return tf.identity(x)
-        x = x if x.dtype == tf.string else tf.strings.as_string(x)
+        x = as_text(column.name, x)
         if not padded:
             return tf.strings.to_hash_bucket_fast(x, column.vocabulary_size)
         hashed = 1 + tf.strings.to_hash_bucket_fast(x, max(1, column.vocabulary_size - 1))
@@ -204,9 +268,21 @@ class ColumnEncoder(keras.layers.Layer):
 
 
 def transformed(column, x):
-    """A dense column's numbers [B, dimension] as float32, transformed."""
+    """A dense column's numbers [B, dimension] as float32, transformed.
+
+    Raises InvalidArgumentError, when it runs, for a number that would make a loss NaN.
+    """
     x = tf.cast(x, tf.float32)
-    return x if column.transform_fn is None else tf.cast(column.transform_fn(x), tf.float32)
+    x = x if column.transform_fn is None else tf.cast(column.transform_fn(x), tf.float32)
+    bad = tf.math.is_nan(x) | (tf.abs(x) > cells.LARGEST)
+
+    def shown():
+        first = tf.where(bad)[0]
+        return first[0], tf.gather_nd(x, first)
+
+    text = f"column {column.name}, row {{}}: {{}} {cells.UNUSABLE}"
+    with tf.control_dependencies(arguments.require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
+        return tf.identity(x)
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -215,6 +291,7 @@ class DenseColumns(keras.layers.Layer):
 
     def __init__(self, columns, **kwargs):
         super().__init__(autocast=False, **kwargs)
+        self.supports_jit = False  # its error says where
         self.columns = [column_from_config(column) for column in columns]
 
     def build(self, input_shape=None):

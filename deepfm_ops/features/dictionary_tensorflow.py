@@ -1,6 +1,11 @@
 """The feature dictionary in TensorFlow: `FeatureDictionary.transform` as a graph of standard operations."""
 
+import math
+
 import tensorflow as tf
+
+from deepfm_ops import arguments
+from deepfm_ops.features import cells
 
 
 class DictionaryEncoder(tf.Module):
@@ -13,10 +18,9 @@ class DictionaryEncoder(tf.Module):
         for field in features.fields:
             dtype, table = tf.float32, None
             if field["kind"] != "numeric":
-                dtype, keys = _keys(field, features.separator)
-                if field["values"]:
-                    values = tf.range(field["start"], field["start"] + len(field["values"]), dtype=tf.int64)
-                    content = tf.lookup.KeyValueTensorInitializer(keys, values)
+                dtype, keys, indices = _keys(field, features.separator)
+                if indices:
+                    content = tf.lookup.KeyValueTensorInitializer(keys, tf.constant(indices, tf.int64))
                     table = tf.lookup.StaticHashTable(content, default_value=0)
             self.specs.append(tf.TensorSpec([None], dtype, field["name"]))
             self.tables.append(table)
@@ -31,6 +35,7 @@ class DictionaryEncoder(tf.Module):
             elif field["kind"] == "multivalued":
                 index, value = self._multivalued(field, table, x)
             elif field["kind"] == "numeric":
+                x = self._usable(field["name"], x)
                 known = tf.logical_not(tf.math.is_nan(x))
                 index = tf.where(known, tf.constant(field["start"], tf.int64), 0)[:, tf.newaxis]
                 value = tf.where(known, x, 0.0)[:, tf.newaxis]
@@ -40,6 +45,20 @@ class DictionaryEncoder(tf.Module):
             indices.append(index)
             values.append(value)
         return tf.concat(indices, 1), tf.concat(values, 1)
+
+    def _usable(self, name, x):
+        """The numbers, once none of them can make a loss NaN; see `cells.checked_numbers`."""
+        bad = tf.abs(x) > cells.LARGEST  # "not >" is no way to let NaN pass: TensorFlow makes "<=" of it
+        if self.features.nonfinite == "missing":
+            return tf.where(bad, float("nan"), x)
+
+        def shown():
+            row = tf.argmax(tf.cast(bad, tf.int32))
+            return row, x[row]
+
+        text = f"column {name}, row {{}}: {{}} {cells.UNUSABLE}"
+        with tf.control_dependencies(arguments.require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
+            return tf.identity(x)
 
     def _multivalued(self, field, table, x):
         size = field["size"]
@@ -53,32 +72,28 @@ class DictionaryEncoder(tf.Module):
 
 
 def _keys(field, separator):
-    """(dtype of the input, the values of a categorical or multivalued field as keys of a lookup table)."""
-    values, name = field["values"], field["name"]
-    kinds = {{str: "text", float: "fraction"}.get(type(value), "integer") for value in values}
-    if "text" in kinds and len(kinds) > 1:
-        raise ValueError(f"column {name!r} holds text and numbers, which one input of a SavedModel cannot")
+    """(dtype of the input, the values of a field as keys of a lookup table, their indices).
+
+    Of numbers the input is int64 or float64, as they were in `fit`, where those can tell all of them apart.
+    """
+    known = [(text, index) for index, text in enumerate(field["values"], field["start"]) if text is not None]
+    texts, indices = [text for text, _ in known], [index for _, index in known]
     if field["kind"] == "multivalued":
-        texts = [str(value) for value in values]
         for text in texts:
             if text.split(separator) != [text] or not text:
+                name = field["name"]
                 raise ValueError(
                     f"column {name!r} has the value {text!r}, which text separated by {separator!r} cannot hold"
                 )
-        return tf.string, tf.constant(texts, tf.string)
-    if kinds <= {"text"}:
-        return tf.string, tf.constant(values, tf.string)
-    if "fraction" in kinds:
-        try:
-            numbers = [float(value) for value in values]
-        except OverflowError:
-            numbers = []
-        if len(set(numbers)) != len(values):
-            raise ValueError(f"column {name!r} holds numbers that float64 cannot tell apart, or hold")
-        return tf.float64, _bits(tf.constant(numbers, tf.float64))
-    if any(not -(2**63) <= value < 2**63 for value in values):
-        raise ValueError(f"column {name!r} holds integers of more than 64 bits")
-    return tf.int64, tf.constant([int(value) for value in values], tf.int64)
+    elif field["dtype"] == "boolean":
+        return tf.int64, tf.constant([int(text == "True") for text in texts], tf.int64), indices
+    elif field["dtype"] == "integer" and all(-(2**63) <= int(text) < 2**63 for text in texts):
+        return tf.int64, tf.constant(list(map(int, texts)), tf.int64), indices
+    elif field["dtype"] == "fraction":
+        numbers = list(map(float, texts))
+        if len(set(numbers)) == len(numbers) and all(map(math.isfinite, numbers)):
+            return tf.float64, _bits(tf.constant(numbers, tf.float64)), indices
+    return tf.string, tf.constant(texts, tf.string), indices
 
 
 def _bits(x):

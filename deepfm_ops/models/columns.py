@@ -1,15 +1,24 @@
 """DeepFM over feature columns: `DeepFM.from_columns`."""
 
 import itertools
-import math
+import types
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from deepfm_ops.features import columns_tensorflow as encoding
-from deepfm_ops.features.columns import DEFAULT_GROUP_NAME, DenseFeat, TablePlan, VarLenSparseFeat, input_specs
-from deepfm_ops.features.tables import input_array
+from deepfm_ops.features.columns import (
+    DEFAULT_GROUP_NAME,
+    DenseFeat,
+    TablePlan,
+    VarLenSparseFeat,
+    as_columns,
+    input_specs,
+    sequence_names,
+)
+from deepfm_ops.features.columns_numpy import raw_inputs
+from deepfm_ops.features.tables import column_names, is_table
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
 from deepfm_ops.models.parts import BiInteraction, Head, mlp, seed_for
@@ -79,8 +88,8 @@ class ColumnDeepFM(ConfiguredModel):
         frozen=(),
         dtype=None,
     ):
-        linear = [encoding.column_from_config(column) for column in linear_feature_columns]
-        dnn = [encoding.column_from_config(column) for column in dnn_feature_columns]
+        linear = [encoding.column_from_config(column) for column in as_columns(linear_feature_columns)]
+        dnn = [encoding.column_from_config(column) for column in as_columns(dnn_feature_columns)]
         linear, dnn = linear if use_linear else [], dnn if use_fm or use_deep else []
         specs = input_specs([*linear, *dnn])
         # Indices come in as int64 whatever the column says: a cast to fewer bits would wrap them round.
@@ -139,76 +148,107 @@ class ColumnDeepFM(ConfiguredModel):
             plan.head = Head(task, name="head")
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
+        columns = [*linear, *dnn]
+        self._sequences = sequence_names(columns)
+        self._transformed = {c.name for c in columns if isinstance(c, DenseFeat) and c.transform_fn is not None}
+
     def _checked(self, inputs):
-        inputs = self._select(inputs)
+        inputs = self._as_inputs(inputs)
         for name in self._index_inputs:
             check_integers(f"input {name!r}", inputs[name])
-        return inputs
+        # Keras takes arrays or tensors, and text is a tensor already.
+        return {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
 
-    def _select(self, inputs):
-        """The inputs this model needs, from a dict, or from a list in the order of get_feature_names."""
-        if not isinstance(inputs, dict):
-            if not isinstance(inputs, list | tuple) or len(inputs) != len(self.plan.inputs):
+    def _as_inputs(self, x):
+        """The inputs that the model needs, in its form, from whatever holds them; what Keras iterates over, mapped."""
+        if isinstance(x, list | tuple):
+            if len(x) != len(self.plan.inputs):
                 raise ValueError(f"inputs must be a dict, or a list in this order: {list(self.plan.inputs)}")
-            inputs = dict(zip(self.plan.inputs, inputs, strict=True))
-        missing = [name for name in self.plan.inputs if name not in inputs]
+            return self._columns(dict(zip(self.plan.inputs, x, strict=True)))
+        if is_table(x):
+            return self._columns(x)
+        if isinstance(x, tf.data.Dataset):
+            return x.map(self._element)
+        if isinstance(x, keras.utils.PyDataset):
+            return _Mapped(x, self._element)
+        if isinstance(x, types.GeneratorType):
+            return map_generator(x, self._element)
+        return x
+
+    def _element(self, *element):
+        """An element (inputs, labels, weights) of something iterable, its inputs in the model's form."""
+        if len(element) == 1 and isinstance(element[0], tuple):
+            element = element[0]
+        x, *rest = element
+        if rest and rest[0] is not None:
+            y = rest[0] if tf.is_tensor(rest[0]) else np.asarray(rest[0])
+            rest[0] = y[:, np.newaxis] if len(y.shape) == 1 else y
+        x = self._as_inputs(x)
+        return (x, *rest) if rest else x
+
+    def _columns(self, source):
+        """{name: tensor, or array that Keras can slice} in the form that the model takes."""
+        known = column_names(source)
+        missing = [name for name in self.plan.inputs if name not in known]
         if missing:
-            raise KeyError(f"inputs are missing {missing}; got {sorted(inputs)}")
-        return {name: inputs[name] for name in self.plan.inputs}
-
-    def _arrays(self, x):
-        """What Keras can slice, from a dict or list of arrays and pandas Series; anything else as it is."""
-        if not isinstance(x, dict | list | tuple):
-            return x
-        arrays = {name: self._array(name, column) for name, column in self._select(x).items()}
-        lengths = {name: array.shape[0] if len(array.shape) else None for name, array in arrays.items()}
-        if len(set(lengths.values())) > 1:
+            raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, known))}")
+        specs = self.plan.inputs
+        tensors = {name: source[name] for name in specs if _is_tensor(source[name])}
+        others = {name: spec for name, spec in specs.items() if name not in tensors}
+        arrays = raw_inputs(source, others, self._sequences, self._transformed) if others else {}
+        for name, array in arrays.items():
+            if specs[name][1] == "string":  # Keras slices no NumPy array of text
+                arrays[name] = tf.constant(array, tf.string, shape=array.shape)
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, keras.KerasTensor):
+                arrays[name] = encoding.as_input(name, tensor, *specs[name], name in self._sequences)
+            else:
+                arrays[name] = tensor
+        lengths = {name: array.shape[0] for name, array in arrays.items()}
+        if len(set(lengths.values()) - {None}) > 1:
             raise ValueError(f"inputs must be equally long, got {lengths}")
-        return arrays
+        return {name: arrays[name] for name in specs}
 
-    def _array(self, name, column):
-        """One input in the shape and kind that the model has for it."""
-        shape, kind = self.plan.inputs[name]
-        if not tf.is_tensor(column):
-            column = input_array(name, column, shape, kind)
-            # Keras slices no NumPy array of text.
-            return tf.constant(column, tf.string, shape=column.shape) if kind == "string" else column
-        if tuple(column.shape[1:]) != shape:
-            if math.prod(column.shape[1:]) != math.prod(shape):
-                raise ValueError(f"input {name!r} must have shape {('B', *shape)}, got {tuple(column.shape)}")
-            column = tf.reshape(column, (column.shape[0] if len(column.shape) else 1, *shape))
-        return column
-
-    # Keras asks these for arrays, or for something it can iterate over.
-
-    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
-        if isinstance(validation_data, list | tuple):
-            x_validation, y_validation, *rest = validation_data
-            validation_data = (self._arrays(x_validation), _targets(y_validation), *rest)
-        return super().fit(self._arrays(x), _targets(y), *args, validation_data=validation_data, **kwargs)
-
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        return super().evaluate(self._arrays(x), _targets(y), *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        return super().predict(self._arrays(x), *args, **kwargs)
-
-    def train_on_batch(self, x, y=None, *args, **kwargs):
-        return super().train_on_batch(self._arrays(x), _targets(y), *args, **kwargs)
-
-    def test_on_batch(self, x, y=None, *args, **kwargs):
-        return super().test_on_batch(self._arrays(x), _targets(y), *args, **kwargs)
-
-    def predict_on_batch(self, x):
-        return super().predict_on_batch(self._arrays(x))
+    def _targets(self, y):
+        """[B] as [B, 1], the shape of the predictions: some of Keras's metrics insist on it."""
+        y = super()._targets(y)
+        if y is None or tf.is_tensor(y):
+            return y
+        y = np.asarray(y)
+        return y.reshape(-1, 1) if y.ndim == 1 else y
 
 
-def _targets(y):
-    """[B] as [B, 1], the shape of the predictions: some of Keras's metrics insist on it."""
-    if y is None or tf.is_tensor(y):
-        return y
-    y = np.asarray(y)
-    return y.reshape(-1, 1) if y.ndim == 1 else y
+def _is_tensor(x):
+    return tf.is_tensor(x) or isinstance(x, keras.KerasTensor)
+
+
+def map_generator(generator, change):
+    """A generator of the elements, changed."""
+    for element in generator:
+        changed = change(element)
+        yield changed if isinstance(changed, tuple) else (changed,)
+
+
+class _Mapped(keras.utils.PyDataset):
+    """A PyDataset whose elements are changed."""
+
+    def __init__(self, dataset, change):
+        super().__init__(dataset.workers, dataset.use_multiprocessing, dataset.max_queue_size)
+        self._dataset, self._change = dataset, change
+
+    @property
+    def num_batches(self):
+        return self._dataset.num_batches
+
+    def __getitem__(self, index):
+        changed = self._change(self._dataset[index])
+        return changed if isinstance(changed, tuple) else (changed,)
+
+    def on_epoch_begin(self):
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self._dataset.on_epoch_end()
 
 
 def _needed(inputs, columns):

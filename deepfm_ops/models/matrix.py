@@ -1,13 +1,18 @@
 """DeepFM over index and value matrices."""
 
 import keras
+import numpy as np
+import tensorflow as tf
 
+from deepfm_ops.features import cells
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
 from deepfm_ops.models.columns import ColumnDeepFM
 from deepfm_ops.models.parts import Head, mlp, seed_for
 from deepfm_ops.models.penalties import table_l2, weights_l2
 from deepfm_ops.plan import Lookup, Plan
+
+CHECKED_ROWS = 1 << 16  # at a time
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -153,6 +158,12 @@ class DeepFM(ConfiguredModel):
             plan.head = Head(task, name="head")
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
+    def _as_inputs(self, x):
+        """The inputs, once the values that are arrays are known to be ones a loss can use."""
+        if isinstance(x, list | tuple) and len(x) == 2 and not tf.is_tensor(x[1]):
+            check_values(x[1])
+        return x
+
     def _checked(self, inputs):
         if isinstance(inputs, list | tuple) and len(inputs) == 2:
             check_integers("indices", inputs[0])
@@ -160,3 +171,16 @@ class DeepFM(ConfiguredModel):
 
     # One signature, and one documentation: those of the model that it makes.
     from_columns = ColumnDeepFM
+
+
+def check_values(values):
+    """Raises ValueError where a value is one that makes a loss NaN."""
+    values = np.asarray(values)
+    if values.dtype.kind != "f" or values.ndim != 2:
+        return
+    for start in range(0, len(values), CHECKED_ROWS):
+        good = np.abs(values[start : start + CHECKED_ROWS]) <= cells.LARGEST
+        if not good.all():
+            row, column = np.argwhere(~good)[0]
+            value = values[start + row, column]
+            raise ValueError(f"values[{start + row},{column}] = {value} {cells.UNUSABLE}")

@@ -1,12 +1,15 @@
 """The scores of a scorer's file, by the kernels and NumPy."""
 
-import collections.abc
+import math
 import threading
+import warnings
 
 import numpy as np
 
 from deepfm_ops.features import columns_numpy
+from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.dictionary import FeatureDictionary
+from deepfm_ops.features.tables import is_table
 from deepfm_ops.scorer import file
 from deepfm_ops.scorer.file import ScorerFileError
 from deepfm_ops.scorer.rows import decoded
@@ -125,8 +128,9 @@ class Scorer:
 
         Args:
             indices: int32 or int64 [B, P], the columns of the model's matrix; or [nnz] with row_splits or bag_splits.
-                Or raw features: a dict of equally long lists or arrays, or a pandas DataFrame, for a model that was
-                exported with its FeatureDictionary or made of feature columns.
+                Or raw features, for a model that was exported with its FeatureDictionary or made of feature columns:
+                a pandas or polars DataFrame, a pyarrow Table, a dict of equally long lists or arrays, or one record: a
+                dict of plain values.
             values: numbers, the same shape; None: all ones.
             row_splits: int64 [B + 1]: sample b owns pairs [row_splits[b], row_splits[b + 1]), each a field of its
                 own; for models without a deep part and without multi-valued fields.
@@ -144,9 +148,7 @@ class Scorer:
 
         """
         model = self._model  # one model for the whole call, whatever reload does
-        if not isinstance(indices, np.ndarray) and (
-            isinstance(indices, collections.abc.Mapping) or hasattr(indices, "columns")
-        ):
+        if (type(indices) is not np.ndarray or indices.dtype.names) and is_table(indices):
             if values is not None or row_splits is not None or bag_splits is not None:
                 raise ValueError("raw features come alone, without values and splits")
             return model.score_raw(indices)
@@ -219,7 +221,7 @@ class _Lookup:
 
 
 class _Model:
-    """What one file says, ready to score. Never changed after it was read."""
+    """What one file says, ready to score. Never changed after it was read, but for what was warned of."""
 
     def __init__(self, manifest, arrays, digest, threads):
         plan = manifest["plan"]
@@ -229,6 +231,7 @@ class _Model:
         self.second_order = plan["second_order"]
         self.encoders = [columns_numpy.ColumnEncoder(columns) for columns in plan["encoders"]]
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
+        self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))
         self.linear_kernel = arrays.get("linear_kernel")
         self.layers = [
             (decoded(arrays[f"kernel_{i}"]), arrays[f"bias_{i}"], ACTIVATIONS[plan["activation"]])
@@ -236,7 +239,7 @@ class _Model:
         ]
         self.deep = arrays.get("deep")
         self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
-        self.features = None
+        self.features, self.warned = None, set()
         if manifest["features"] is not None:
             self.features = FeatureDictionary.from_config(manifest["features"])
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
@@ -259,10 +262,18 @@ class _Model:
 
     def score_raw(self, table):
         if self.features is not None:
-            return self.score_matrix(*self.features.transform(table))
+            indices, values, unknown = self.features.encode(table)
+            for name in unknown.keys() - self.warned:  # once per column and model: a server has many requests
+                self.warned.add(name)
+                warnings.warn(unknown[name], stacklevel=3)
+            return self.score_matrix(indices, values)
         if self.inputs is None:
             raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
-        inputs = columns_numpy.raw_inputs(table, self.inputs)
+        inputs = columns_numpy.raw_inputs(table, self.inputs, self.sequences)
+        for name, (shape, kind) in self.inputs.items():
+            if kind not in ("string", "int64"):
+                inputs[name] = inputs[name].astype(kind).astype(np.float32)  # as the model's input rounds it
+            inputs[name] = inputs[name].reshape(-1, math.prod(shape))
         return self._scores([encode(inputs) for encode in self.encoders], inputs, None)
 
     def score_ragged(self, indices, values, row_splits, bag_splits):
