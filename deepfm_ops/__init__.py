@@ -5,6 +5,7 @@ Names are loaded when first used: importing the package does not import TensorFl
 
 import importlib
 
+from deepfm_ops import saving
 from deepfm_ops._version import __version__
 
 _HOME = {
@@ -36,6 +37,8 @@ _MODULES = (
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]
+
+saving.when_keras_comes()
 
 
 def __getattr__(name):

@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import pathlib
+import sys
 
 from deepfm_ops._version import TENSORFLOW, __version__
 
+KERAS_EXPORT = "keras.src.export"  # what Keras's export is made of
 BACKENDS = ("auto", "native", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in deepfm_ops's source)"
 _PORTABLE = contextvars.ContextVar("portable", default=False)
@@ -70,7 +72,24 @@ def portable():
 
 
 def is_portable():
-    return _PORTABLE.get()
+    return _PORTABLE.get() or _is_exported_by_keras()
+
+
+def _is_exported_by_keras():
+    """Whether a graph is being traced for Keras's `model.export`, whatever model these layers are in.
+
+    Keras says so nowhere, so it is asked who calls.
+    """
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(KERAS_EXPORT):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def native_ops(backend="auto"):

@@ -36,6 +36,7 @@ class Plan:
         task: "binary" or "regression".
         head: the source of the bias.
         inputs: {name: (shape of a sample, dtype)} of a model of feature columns; None: indices and values.
+        columns: the feature columns of a model of them.
         encoders: the feature columns of each encoder.
         first_orders: lookups whose rows, of one column, are summed.
         lookups: lookups of embeddings.
@@ -52,6 +53,7 @@ class Plan:
     task: str = "binary"
     head: Any = None
     inputs: dict | None = None
+    columns: list = dataclasses.field(default_factory=list)
     encoders: list = dataclasses.field(default_factory=list)
     first_orders: list[Lookup] = dataclasses.field(default_factory=list)
     lookups: list[Lookup] = dataclasses.field(default_factory=list)

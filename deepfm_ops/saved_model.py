@@ -9,7 +9,7 @@ from tensorflow.python.trackable import resource
 
 from deepfm_ops import _library
 from deepfm_ops.features.dictionary_tensorflow import DictionaryEncoder
-from deepfm_ops.models.base import ConfiguredModel
+from deepfm_ops.models.base import fitting
 
 
 def export(model, path, portable=True, *, features=None):
@@ -20,10 +20,11 @@ def export(model, path, portable=True, *, features=None):
         path: folder; what a SavedModel there holds is overwritten.
         portable: True: standard TensorFlow operations alone, so that it loads and serves where this package was
             never installed. False: with the native op; then `import deepfm_ops.ops` before loading it.
-        features: the FeatureDictionary of a model over matrices. The encoding becomes part of the SavedModel, and its
-            inputs are the dictionary's columns, [B] each: text or int64 for a categorical column, as its values in
-            `fit` were (float64 where there were fractions); float32 for a numeric one, NaN where it is missing; text
-            for a multivalued one, its values separated as in `fit`. A value that was not seen counts as missing.
+        features: the FeatureDictionary of a model over matrices; None: the model's own, if it has one. The encoding
+            becomes part of the SavedModel, and its inputs are the dictionary's columns, [B] each: text or int64 for a
+            categorical column, as its values in `fit` were (float64 where there were fractions); float32 for a numeric
+            one, NaN where it is missing; text for a multivalued one, its values separated as in `fit`. A value that was
+            not seen counts as missing.
 
     The inputs are otherwise the model's: `indices` and `values`, or those of the feature columns.
 
@@ -38,6 +39,8 @@ def export(model, path, portable=True, *, features=None):
         raise ValueError(f"model must have one output, got {len(model.outputs)}")
     if dense := [x.name for x in model.inputs if getattr(x, "sparse", False) or getattr(x, "ragged", False)]:
         raise ValueError(f"inputs {dense} are ragged or sparse, which a signature here cannot have")
+    if features is None:
+        features = getattr(model, "features", None)
     native = None if portable else _library.native_ops()
     if native is None and not portable:
         raise RuntimeError(f"portable=False needs the native op: {_library.native_info()['reason']}")
@@ -64,26 +67,6 @@ def export(model, path, portable=True, *, features=None):
     module = tf.Module()  # what the signature uses must hang on it
     module.parts = [variable.value for variable in model.variables], _resources(model), encoder
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
-
-
-def fitting(model, features):
-    """The dictionary, if the model's matrices are its."""
-    shapes = [tuple(x.shape[1:]) for x in model.inputs]
-    if not features.fields:
-        raise ValueError("features must be fitted")
-    if shapes != [(features.num_columns,)] * 2:
-        raise ValueError(
-            f"features have {features.num_columns} columns, but the inputs of the model have shapes {shapes}"
-        )
-    if isinstance(model, ConfiguredModel):
-        table = model.plan.tables[0]
-        if table.source.num_features != features.num_features:
-            raise ValueError(
-                f"features number {features.num_features} features, but the model has {table.source.num_features}"
-            )
-        if table.field_sizes != features.field_sizes:
-            raise ValueError(f"features have field_sizes {features.field_sizes}, but the model has {table.field_sizes}")
-    return features
 
 
 def _check_names(names):

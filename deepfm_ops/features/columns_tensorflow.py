@@ -196,7 +196,7 @@ class ColumnEncoder(keras.layers.Layer):
     def build(self, input_shape=None):
         pass
 
-    def _encode(self, column, x, padded):
+    def index(self, column, x, padded):
         """int64 indices in [0, vocabulary_size). With `padded`, hashing keeps 0 for the value 0."""
         if column.vocabulary is not None:
             return self.vocabularies[column.name].lookup(as_text(column.name, x))
@@ -223,7 +223,7 @@ class ColumnEncoder(keras.layers.Layer):
 
     def _sequence(self, column, inputs):
         """(indices, pooling weights, mask) of a VarLenSparseFeat, each [B, maxlen]."""
-        indices = self._encode(column, inputs[column.name], padded=True)
+        indices = self.index(column, inputs[column.name], padded=True)
         if column.length_name is None:
             mask = indices != 0
         else:
@@ -247,7 +247,7 @@ class ColumnEncoder(keras.layers.Layer):
             if isinstance(column, VarLenSparseFeat):
                 index, value, mask = self._sequence(column, inputs)
             elif isinstance(column, SparseFeat):
-                index = self._encode(column, inputs[column.name], padded=False)
+                index = self.index(column, inputs[column.name], padded=False)
                 value = mask = tf.ones(tf.shape(index), tf.float32)
             else:
                 value = transformed(column, inputs[column.name])

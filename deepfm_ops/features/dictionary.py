@@ -249,6 +249,11 @@ class FeatureDictionary:
         field = self._field(column)
         return field["start"] if field["kind"] == "numeric" else _index(self._indices(field), value)
 
+    def indices(self, column):
+        """The indices of all values of a column, a range, in the order of `name`."""
+        field = self._field(column)
+        return range(field["start"], field["start"] + len(field["values"]))
+
     def name(self, index):
         """(column, value) of an index: the inverse of `index`.
 

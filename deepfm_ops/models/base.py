@@ -1,14 +1,47 @@
 """What both kinds of models share as Keras models."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments
 
+# What Keras can change in a Dense layer of a finished model: its precision by `quantize`, its kernel by `enable_lora`.
+ADAPTED = ("dtype", "quantization_config", "lora_rank", "lora_alpha")
+
+
+def clonable(model_class):
+    """Lets `keras.models.clone_model`, which calls a class with (inputs, outputs, name=...), make one of this class.
+
+    It does so with classes whose constructor takes any arguments, as this one's then seems to; the others become plain
+    functional models, which no longer know what they are.
+    """
+    make = model_class.__init__
+
+    @functools.wraps(make)
+    def __init__(self, *args, **kwargs):
+        original = getattr(args[1], "_clone_of", None) if len(args) == 2 else None
+        if original is None:
+            make(self, *args, **kwargs)
+        else:
+            self._become_clone(*original, *args, **kwargs)
+
+    model_class.__init__ = __init__
+    return model_class
+
 
 class ConfiguredModel(keras.Model):
-    """A functional model that is saved as the arguments it was made with."""
+    """A functional model that is saved as the arguments it was made with.
+
+    A class below has
+        _rows(parts, column, value): (source, rows) in the first of the lookups that has the column, or None.
+        _dense_weights(column): the first-order weights of a dense column, or None.
+        _column_names(): of the features.
+    """
+
+    _features = None
 
     def _finish(self, config, inputs, outputs, name, trainable, frozen, plan):
         super().__init__(inputs=inputs, outputs=outputs, name=name)
@@ -26,8 +59,80 @@ class ConfiguredModel(keras.Model):
             "name": self.name,
             "trainable": self.trainable,
             "frozen": [layer.name for layer in self.layers if self.trainable and not layer.trainable],
+            "adapted": self._adapted(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
         }
+
+    def _adapted(self):
+        """{name of a layer: what Keras changed in it after it was made}, for `parts.adapted`."""
+        layers = [layer for layer in self.layers if isinstance(layer, keras.layers.Dense)]
+        layers = [layer for layer in layers if layer.quantization_mode is not None or layer.lora_rank]
+        return {layer.name: {k: v for k, v in layer.get_config().items() if k in ADAPTED} for layer in layers}
+
+    def _run_through_graph(self, inputs, operation_fn=lambda layer: layer, call_fn=None):
+        """Keras's; where it clones the layers, what they are clones of is noted on the output."""
+        clones = {}
+
+        def noted(layer):
+            result = operation_fn(layer)
+            if isinstance(result, keras.layers.Layer):
+                clones[layer] = result
+            return result
+
+        outputs = super()._run_through_graph(inputs, operation_fn=noted, call_fn=call_fn)
+        if clones and isinstance(outputs, keras.KerasTensor):
+            changed = [old.name for old, new in clones.items() if not _is_alike(old, new)]
+            if changed or call_fn is not None:
+                what = f"clone_function changed {changed}" if changed else "call_function changed the model"
+                raise ValueError(
+                    f"{what}, and {type(self).__name__} would not be what its arguments say: make another with other "
+                    "arguments, or clone keras.Model(model.inputs, model.outputs), which is a plain functional model"
+                )
+            outputs._clone_of = (self, clones)
+        return outputs
+
+    def _become_clone(self, original, clones, inputs, outputs, name=None):
+        plan = original.plan.with_sources(lambda layer: clones[layer])
+        self._finish(dict(original._config), inputs, outputs, name, original.trainable, (), plan)
+        self._features = original._features
+
+    def embedding(self, column, value=None):
+        """The embedding of a value of a column, or those of all its values.
+
+        Args:
+            column: name.
+            value: a category, in any type; of a multi-valued column, one of its values. None: all.
+
+        Returns:
+            float [K], or [n, K]: in the order of the indices; a row per number of a dense column.
+
+        Raises:
+            KeyError: no such column, or a value that `fit` did not see.
+            ValueError: the column has no embedding, or the model does not know its features.
+
+        """
+        found = self._rows(self.plan.lookups, column, value)
+        if found is None:
+            self._refuse(column, "embedding")
+        source, rows = found
+        return keras.ops.convert_to_numpy(tf.gather(source.embeddings.value, rows))
+
+    def weight(self, column, value=None):
+        """The first-order weight of a value of a column, a float, or those of all its values, [n]; see `embedding`."""
+        dense = self._dense_weights(column)
+        if dense is not None:
+            return dense
+        found = self._rows([part for part in self.plan.tables if _weights(part.source) is not None], column, value)
+        if found is None:
+            self._refuse(column, "first-order weight")
+        source, rows = found
+        weights = keras.ops.convert_to_numpy(tf.gather(_weights(source).value, rows))[..., 0]
+        return weights if weights.ndim else float(weights)
+
+    def _refuse(self, column, what):
+        if column not in self._column_names():
+            raise KeyError(f"column {column!r} is not in the model; it has {self._column_names()}")
+        raise ValueError(f"column {column!r} has no {what} in this model")
 
     def __call__(self, inputs, *args, **kwargs):
         if hasattr(self, "_index_inputs"):  # Keras calls the model while it is being made, too
@@ -111,6 +216,37 @@ def check_labels(task, labels):
     if not good.all():
         first = int(np.argmin(good))
         raise ValueError(BAD_LABEL[task].format(first, flat[first]))
+
+
+def _weights(source):
+    """The first-order weights [V, 1] of a lookup's source, or None: a table of one column is a first order too."""
+    is_first_order = getattr(source, "embedding_dim", None) == 1 and not source.use_linear
+    return source.embeddings if is_first_order else source.w
+
+
+def _is_alike(layer, clone):
+    """Whether a clone is the same kind of layer, with the same arguments."""
+    return clone is layer or (type(clone) is type(layer) and clone.get_config() == layer.get_config())
+
+
+def fitting(model, features):
+    """The dictionary, if the model's matrices are its."""
+    shapes = [tuple(x.shape[1:]) for x in model.inputs]
+    if not features.fields:
+        raise ValueError("features must be fitted")
+    if shapes != [(features.num_columns,)] * 2:
+        raise ValueError(
+            f"features have {features.num_columns} columns, but the inputs of the model have shapes {shapes}"
+        )
+    if isinstance(model, ConfiguredModel):
+        table = model.plan.tables[0]
+        if table.source.num_features != features.num_features:
+            raise ValueError(
+                f"features number {features.num_features} features, but the model has {table.source.num_features}"
+            )
+        if table.field_sizes != features.field_sizes:
+            raise ValueError(f"features have field_sizes {features.field_sizes}, but the model has {table.field_sizes}")
+    return features
 
 
 class DtypePolicy:

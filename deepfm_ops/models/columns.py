@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from deepfm_ops.features import cells
 from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import (
     DEFAULT_GROUP_NAME,
@@ -20,13 +21,14 @@ from deepfm_ops.features.columns import (
 from deepfm_ops.features.columns_numpy import raw_inputs
 from deepfm_ops.features.tables import column_names, is_table
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
-from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
-from deepfm_ops.models.parts import BiInteraction, Head, mlp, seed_for
+from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable
+from deepfm_ops.models.parts import BiInteraction, Head, mlp, seed_for, with_changes
 from deepfm_ops.models.penalties import l2_regularizer, table_l2, weights_l2
 from deepfm_ops.plan import Lookup, Plan
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
+@clonable
 class ColumnDeepFM(ConfiguredModel):
     """`DeepFM.from_columns`: DeepFM over a dict of named inputs; DeepCTR's arguments, names and defaults.
 
@@ -86,6 +88,7 @@ class ColumnDeepFM(ConfiguredModel):
         name=None,
         trainable=True,
         frozen=(),
+        adapted=None,
         dtype=None,
     ):
         linear = [encoding.column_from_config(column) for column in as_columns(linear_feature_columns)]
@@ -124,9 +127,10 @@ class ColumnDeepFM(ConfiguredModel):
             inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
             encode = _Encoders(inputs)
             plan = Plan(task, inputs={key: (shape, kinds[key]) for key, (shape, _) in specs.items()})
+            plan.columns = list({id(column): column for column in (*linear, *dnn)}.values())
             strengths = (l2_scope, l2_reg_embedding, l2_reg_linear)
             fused = _fused(linear, dnn)
-            parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encode, plan)
+            parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encode, plan, adapted or {})
             embeddings, groups, first_orders = _embeddings(dnn, fused, strengths, seed, backend, encode, plan)
             parts += first_orders
             if use_fm:
@@ -139,7 +143,9 @@ class ColumnDeepFM(ConfiguredModel):
                     deep.append(encoding.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
                 x = keras.layers.Concatenate(name="deep_input")(deep) if len(deep) > 1 else deep[0]
                 units = config["dnn_hidden_units"]
-                parts.append(mlp(x, plan, units, dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed))
+                parts.append(
+                    mlp(x, plan, units, dnn_activation, dnn_dropout, dnn_use_bn, l2_reg_dnn, seed, adapted or {})
+                )
             if not parts:
                 raise ValueError(
                     "no part of the model is left: no linear columns, no interacting columns, no deep part"
@@ -147,10 +153,6 @@ class ColumnDeepFM(ConfiguredModel):
             plan.encoders = encode.columns
             plan.head = Head(task, name="head")
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
-
-        columns = [*linear, *dnn]
-        self._sequences = sequence_names(columns)
-        self._transformed = {c.name for c in columns if isinstance(c, DenseFeat) and c.transform_fn is not None}
 
     def _checked(self, inputs):
         inputs = self._as_inputs(inputs)
@@ -195,19 +197,41 @@ class ColumnDeepFM(ConfiguredModel):
         specs = self.plan.inputs
         tensors = {name: source[name] for name in specs if _is_tensor(source[name])}
         others = {name: spec for name, spec in specs.items() if name not in tensors}
-        arrays = raw_inputs(source, others, self._sequences, self._transformed) if others else {}
+        sequences = sequence_names(self.plan.columns)
+        transformed = {c.name for c in self.plan.columns if isinstance(c, DenseFeat) and c.transform_fn is not None}
+        arrays = raw_inputs(source, others, sequences, transformed) if others else {}
         for name, array in arrays.items():
             if specs[name][1] == "string":  # Keras slices no NumPy array of text
                 arrays[name] = tf.constant(array, tf.string, shape=array.shape)
         for name, tensor in tensors.items():
             if not isinstance(tensor, keras.KerasTensor):
-                arrays[name] = encoding.as_input(name, tensor, *specs[name], name in self._sequences)
+                arrays[name] = encoding.as_input(name, tensor, *specs[name], name in sequences)
             else:
                 arrays[name] = tensor
         lengths = {name: array.shape[0] for name, array in arrays.items()}
         if len(set(lengths.values()) - {None}) > 1:
             raise ValueError(f"inputs must be equally long, got {lengths}")
         return {name: arrays[name] for name in specs}
+
+    def _rows(self, parts, column, value):
+        for part in parts:
+            members = self.plan.encoders[part.encoder]
+            for member in members:
+                if member.name == column:
+                    start = TablePlan(members).offsets[column]
+                    return part.source, _rows_of(member, start, value)
+        return None
+
+    def _dense_weights(self, column):
+        first = 0
+        for dense in self.plan.linear_dense:
+            if dense.name == column:
+                return keras.ops.convert_to_numpy(self.plan.linear_kernel.kernel)[first : first + dense.dimension, 0]
+            first += dense.dimension
+        return None
+
+    def _column_names(self):
+        return [column.name for column in self.plan.columns]
 
     def _targets(self, y):
         """[B] as [B, 1], the shape of the predictions: some of Keras's metrics insist on it."""
@@ -216,6 +240,23 @@ class ColumnDeepFM(ConfiguredModel):
             return y
         y = np.asarray(y)
         return y.reshape(-1, 1) if y.ndim == 1 else y
+
+
+def _rows_of(column, start, value):
+    """The rows of a column's values, or the row of one, in a table where they start at `start`."""
+    if isinstance(column, DenseFeat):
+        return np.arange(start, start + column.dimension)
+    if value is None:
+        return np.arange(start, start + column.vocabulary_size)
+    text = cells.category(value, column.name)
+    encoder = encoding.ColumnEncoder([column])
+    if column.vocabulary is None and not column.use_hash:
+        index = int(text) if text.lstrip("-").isdigit() else -1
+        if not 0 <= index < column.vocabulary_size:
+            raise KeyError(f"column {column.name!r} has no value {value!r}; it has 0 to {column.vocabulary_size - 1}")
+        return start + index
+    index = encoder.index(column, tf.constant([[text]]), isinstance(column, VarLenSparseFeat))
+    return start + int(index[0, 0])
 
 
 def _is_tensor(x):
@@ -322,7 +363,7 @@ def _fused(linear, dnn):
     return fused
 
 
-def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan):
+def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan, changes):
     """The first order: sparse columns with a weight per row, dense columns with a kernel."""
     scope, _, l2 = strengths
     parts = []
@@ -353,13 +394,14 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
         numbers = encoding.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
         initializer = keras.initializers.GlorotNormal(seed_for(seed, 5))
         plan.linear_dense = dense
-        plan.linear_kernel = keras.layers.Dense(
+        kernel = keras.layers.Dense(
             1,
             use_bias=False,
             kernel_initializer=initializer,
             kernel_regularizer=l2_regularizer(l2),
             name="linear_kernel",
         )
+        plan.linear_kernel = with_changes(kernel, changes)
         parts.append(plan.linear_kernel(numbers))
     return parts
 

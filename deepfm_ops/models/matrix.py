@@ -5,8 +5,9 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops.features import cells
+from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
-from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers
+from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models.columns import ColumnDeepFM
 from deepfm_ops.models.parts import Head, mlp, seed_for
 from deepfm_ops.models.penalties import table_l2, weights_l2
@@ -16,6 +17,7 @@ CHECKED_ROWS = 1 << 16  # at a time
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
+@clonable
 class DeepFM(ConfiguredModel):
     """DeepFM: y = sigmoid(w0 + first order + second order + MLP), on one shared embedding table.
 
@@ -41,6 +43,8 @@ class DeepFM(ConfiguredModel):
             tables at every step, as in Keras and DeepCTR; the gradient is then dense.
         field_sizes: columns of the matrices per field, P in all; a field's columns are summed
             (`FeatureDictionary.field_sizes`). None: one each, P = F.
+        features: the `FeatureDictionary` whose matrices the model takes, see `from_features`; it is saved with the
+            model. None: indices and values from elsewhere.
         backend: "auto", "native" or "reference".
 
     Call arguments:
@@ -89,10 +93,12 @@ class DeepFM(ConfiguredModel):
         l2_deep=0.0,
         l2_scope="batch",
         field_sizes=None,
+        features=None,
         backend="auto",
         name=None,
         trainable=True,
         frozen=(),
+        adapted=None,
         dtype=None,
     ):
         if not (use_linear or use_fm or use_deep):
@@ -154,9 +160,11 @@ class DeepFM(ConfiguredModel):
                 parts.append(first_order(inputs))
             if use_deep:
                 flat = keras.layers.Flatten(name="flatten")(embeddings)
-                parts.append(mlp(flat, plan, config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed))
+                options = (config["hidden_units"], activation, dropout, batch_norm, l2_deep, seed, adapted or {})
+                parts.append(mlp(flat, plan, *options))
             plan.head = Head(task, name="head")
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
+        self.features = FeatureDictionary.from_config(features) if isinstance(features, dict) else features
 
     def _as_inputs(self, x):
         """The inputs, once the values that are arrays are known to be ones a loss can use."""
@@ -169,8 +177,60 @@ class DeepFM(ConfiguredModel):
             check_integers("indices", inputs[0])
         return inputs
 
+    @classmethod
+    def from_features(cls, features, **arguments):
+        """A DeepFM over the matrices of a FeatureDictionary, which is saved with it.
+
+        Args:
+            features: a fitted FeatureDictionary; sizes come from it.
+            **arguments: DeepFM's other arguments.
+
+        Example:
+            >>> from deepfm_ops import FeatureDictionary
+            >>> features = FeatureDictionary().fit({"city": ["Rome", "Oslo"]}, categorical=["city"])
+            >>> model = DeepFM.from_features(features, embedding_dim=4, hidden_units=(8,))
+            >>> model.embedding("city", "Oslo").shape, model.embedding("city").shape
+            ((4,), (2, 4))
+
+        """
+        sizes = {"field_sizes": features.field_sizes, "features": features}
+        return cls(features.num_features, features.num_fields, **{**sizes, **arguments})
+
     # One signature, and one documentation: those of the model that it makes.
     from_columns = ColumnDeepFM
+
+    @property
+    def features(self):
+        """The FeatureDictionary whose matrices the model takes, or None; one that does not fit is a ValueError."""
+        return self._features
+
+    @features.setter
+    def features(self, features):
+        self._features = None if features is None else fitting(self, features)
+
+    def get_config(self):
+        return {**super().get_config(), "features": None if self._features is None else self._features.to_config()}
+
+    def _rows(self, parts, column, value):
+        if self._features is None:
+            raise ValueError(
+                "this model does not know its features: make it by DeepFM.from_features, or set model.features to the "
+                "FeatureDictionary"
+            )
+        if not parts:
+            return None
+        if value is None:
+            return parts[0].source, np.asarray(self._features.indices(column))
+        index = self._features.index(column, value)
+        if index == 0:
+            raise KeyError(f"value {value!r} of column {column!r} was not seen by fit")
+        return parts[0].source, index
+
+    def _dense_weights(self, column):
+        return None
+
+    def _column_names(self):
+        return [field["name"] for field in self._features.fields]
 
 
 def check_values(values):

@@ -72,7 +72,14 @@ def seed_for(seed, offset):
     return None if seed is None else seed + offset
 
 
-def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed):
+def with_changes(layer, changes):
+    """The layer with what Keras's `quantize` and `enable_lora` had changed in one of its name."""
+    if layer.name not in changes:
+        return layer
+    return type(layer).from_config({**layer.get_config(), **changes[layer.name]})
+
+
+def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed, changes):
     """The deep part: [B, n] to [B, 1]; it is entered in the plan."""
     plan.activation = activation if isinstance(activation, str) else keras.activations.serialize(activation)
     for i, units in enumerate(hidden_units):
@@ -80,6 +87,7 @@ def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed):
         dense = keras.layers.Dense(
             units, kernel_initializer=initializer, kernel_regularizer=l2_regularizer(l2), name=f"hidden_{i}"
         )
+        dense = with_changes(dense, changes)
         norm = keras.layers.BatchNormalization(name=f"batch_norm_{i}") if batch_norm else None
         plan.hidden.append((dense, norm))
         x = dense(x) if norm is None else norm(dense(x))
@@ -87,5 +95,5 @@ def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed):
         if dropout:
             x = keras.layers.Dropout(dropout, seed=seed_for(seed, 100 + i), name=f"dropout_{i}")(x)
     last = keras.initializers.GlorotNormal(seed_for(seed, 10 + len(hidden_units)))
-    plan.deep = keras.layers.Dense(1, use_bias=False, kernel_initializer=last, name="deep")
+    plan.deep = with_changes(keras.layers.Dense(1, use_bias=False, kernel_initializer=last, name="deep"), changes)
     return plan.deep(x)

@@ -5,8 +5,7 @@ import numpy as np
 
 from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import DenseFeat
-from deepfm_ops.models.base import ConfiguredModel
-from deepfm_ops.saved_model import fitting
+from deepfm_ops.models.base import ConfiguredModel, fitting
 from deepfm_ops.scorer import file
 from deepfm_ops.scorer.rows import bfloat16, quantized
 from deepfm_ops.scorer.scoring import ACTIVATIONS
@@ -24,7 +23,8 @@ def export_scorer(model, path, table="float32", *, features=None):
             each row as K codes in 0..255 with a scale and an offset of its own, weights as bfloat16: 22 bytes for a
             row of 16 and its weight, instead of 68. The rows of the MLP's kernels are kept so too, or they would be
             most of a small model's file; they are float32 again once they are loaded.
-        features: the FeatureDictionary of a model over matrices: the scorer then takes raw features too.
+        features: the FeatureDictionary of a model over matrices: the scorer then takes raw features too. None: the
+            model's own, if it has one.
 
     Raises:
         TypeError: a model that is none of these.
@@ -36,8 +36,7 @@ def export_scorer(model, path, table="float32", *, features=None):
         raise TypeError(f"model must be a deepfm_ops.DeepFM, got {type(model).__name__}")
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
-    if features is not None:
-        fitting(model, features)
+    features = getattr(model, "features", None) if features is None else fitting(model, features)
     plan, arrays = model.plan, {}
     known = isinstance(plan.activation, str) and plan.activation in ACTIVATIONS
     if plan.hidden and not known:

@@ -1,4 +1,4 @@
-"""DeepCTR's names: a DeepCTR script for DeepFM runs after its import lines are changed to this module."""
+"""DeepCTR's `feature_column`."""
 
 from deepfm_ops.features import (
     DEFAULT_GROUP_NAME,
@@ -8,22 +8,15 @@ from deepfm_ops.features import (
     get_feature_names,
     input_specs,
 )
-from deepfm_ops.models import DeepFM as _DeepFM
 
 __all__ = [
     "DEFAULT_GROUP_NAME",
-    "DeepFM",
     "DenseFeat",
     "SparseFeat",
     "VarLenSparseFeat",
     "build_input_features",
     "get_feature_names",
 ]
-
-
-def DeepFM(linear_feature_columns, dnn_feature_columns, *args, **kwargs):  # noqa: N802
-    """`deepfm_ops.DeepFM.from_columns`, under DeepCTR's name."""
-    return _DeepFM.from_columns(linear_feature_columns, dnn_feature_columns, *args, **kwargs)
 
 
 def build_input_features(feature_columns, prefix=""):
