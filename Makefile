@@ -1,4 +1,4 @@
-# make setup   the environment: .venv, dependencies, the native library
+# make setup   the environment: .venv, dependencies, the native library; TENSORFLOW_VERSION=X.Y picks the TensorFlow
 # make test    set up, then run the tests, on the native op and on the fallback
 # make demo    set up, then train DeepFM on MovieLens-100k
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
@@ -9,12 +9,14 @@
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
-SERIES := $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"])')
+TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := kernels scorer serve# of the op and its fallback: tested once
+INDEPENDENT := kernels scorer serve first_use wheel types docs# of the op and its fallback: tested once
 
 .PHONY: setup test demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean
+
+FORCE:
 
 setup: .venv/installed
 
@@ -22,9 +24,13 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-.venv/dependencies: .venv/bin/python pyproject.toml setup.py deepfm_ops/_version.py
+# Rewritten when another TensorFlow is asked for than the one that is there.
+.venv/tensorflow: .venv/bin/python FORCE
+	@echo "$(TENSORFLOW)==$(TENSORFLOW_VERSION).*" | cmp --quiet - $@ || echo "$(TENSORFLOW)==$(TENSORFLOW_VERSION).*" >$@
+
+.venv/dependencies: .venv/tensorflow pyproject.toml setup.py deepfm_ops/_version.py
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.13" \
-	  "$(TENSORFLOW)==$(SERIES).*"
+	  "$$(cat .venv/tensorflow)"
 	touch $@
 
 .venv/installed: .venv/dependencies $(SOURCES)
@@ -59,13 +65,13 @@ bench-peers:
 	$(PYTHON) -m venv .venv-torch
 	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 fbgemm-gpu-cpu==1.8.0 numpy
 	$(PYTHON) -m venv .venv-deepctr
-	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 "tf-keras==$(SERIES).*"
-	.venv-deepctr/bin/python -m pip install --quiet "tensorflow-cpu==$(SERIES).*" h5py requests pandas scikit-learn setuptools
+	.venv-deepctr/bin/python -m pip install --quiet --no-deps deepctr==0.9.4 "tf-keras==$(TENSORFLOW_VERSION).*"
+	.venv-deepctr/bin/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW_VERSION).*" h5py requests pandas scikit-learn setuptools
 	$(PYTHON) -m venv .venv-xlearn
 	.venv-xlearn/bin/python -m pip install --quiet setuptools wheel numpy scipy pandas scikit-learn
 	USER=bench .venv-xlearn/bin/python -m pip install --quiet --no-build-isolation xlearn==0.40a1
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python -m pip install --quiet "tensorflow-cpu==$(SERIES).*" tf2onnx==1.17.0 onnxruntime==1.32.0 onnx==1.23.2
+	.venv-onnx/bin/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW_VERSION).*" tf2onnx==1.17.0 onnxruntime==1.32.0 onnx==1.23.2
 
 # The kernels under sanitizers, in a program without Python and TensorFlow.
 CASES ?= 50000

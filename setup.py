@@ -1,44 +1,51 @@
 """Builds the native library next to the package; pyproject.toml holds the rest.
 
-DEEPFM_OPS_BUILD=auto    compile; without a compiler or TensorFlow, install the fallback and say so (default)
-DEEPFM_OPS_BUILD=native  compile, or fail
+DEEPFM_OPS_BUILD=auto    compile (default): the op too if the environment has TensorFlow, else the package carries the
+                         op's sources and compiles it at its first use; without a compiler, or if compiling fails,
+                         install the fallback and say so
+DEEPFM_OPS_BUILD=native  compile, or fail; TensorFlow must be installed already
 DEEPFM_OPS_BUILD=kernels compile what the scorer needs, without TensorFlow, or fail
 DEEPFM_OPS_BUILD=python  do not compile
 """
 
-import concurrent.futures
 import json
 import os
 import pathlib
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
+import types
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
-VERSIONS = runpy.run_path(str(ROOT / "deepfm_ops" / "_version.py"))
-TENSORFLOW = VERSIONS["TENSORFLOW"]
+PACKAGE = ROOT / "deepfm_ops"
+versions = types.SimpleNamespace(**runpy.run_path(str(PACKAGE / "_version.py")))
+build = types.SimpleNamespace(**runpy.run_path(str(PACKAGE / "_build.py")))
 MODE = os.environ.get("DEEPFM_OPS_BUILD", "auto")
 if MODE not in ("auto", "native", "kernels", "python"):
     sys.exit(f"DEEPFM_OPS_BUILD must be auto, native, kernels or python, got {MODE!r}")
-CXX = os.environ.get("CXX", "c++")
-COMPILE = MODE in ("native", "kernels") or (MODE == "auto" and shutil.which(CXX) is not None)
+COMPILE = MODE in ("native", "kernels") or (MODE == "auto" and build.has_compiler())
 
-FLAGS = {  # one body of the loops, one build per instruction set
-    "fm_cpu_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
-    "fm_cpu_avx512.cc": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-}
+
+class BuildPython(build_py):
+    """Copies the modules into an empty folder: those of an earlier build may have been removed since."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildNative(build_ext):
     """Compiles csrc/ into two libraries and writes _build_info.json beside them.
 
     _kernels: the kernels on NumPy arrays; needs no TensorFlow.
-    _native.so: the TensorFlow ops, for the TensorFlow that is installed now.
+    _native.so: the TensorFlow ops, for the TensorFlow that is installed now. Without one it stays empty, and _csrc
+        holds what compiling it takes.
     """
 
     def get_ext_filename(self, fullname):
@@ -49,90 +56,72 @@ class BuildNative(build_ext):
         return pathlib.Path(self.get_ext_fullpath(f"deepfm_ops.{name}"))
 
     def run(self):
-        info = self.library("_native").with_name("_build_info.json")
-        info.unlink(missing_ok=True)
-        built = {}
+        package = self.library("_native").parent
+        clean(package)
         try:
-            kernels = self.compile("kernels", [])
+            kernels = build.compile_folder(ROOT / "csrc" / "kernels", ROOT / "build" / "kernels")
             self.build_module(kernels)
             if MODE == "kernels":
-                self.library("_native").unlink(missing_ok=True)
                 built = {"error": "deepfm_ops was installed with DEEPFM_OPS_BUILD=kernels, without its op"}
             else:
                 built = self.build_op(kernels)
         except Exception as error:
             if MODE in ("native", "kernels"):
                 raise
-            self.library("_native").unlink(missing_ok=True)
+            clean(package)
             built = {"error": f"the native library could not be built: {error}"}
             print(f"deepfm_ops: {built['error']}; installing the pure-Python fallback", file=sys.stderr)
-        info.parent.mkdir(parents=True, exist_ok=True)
-        info.write_text(json.dumps(built))
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_info.json").write_text(json.dumps(built))
 
     def get_outputs(self):
-        libraries = [self.library("_kernels"), self.library("_native")]
-        files = [*libraries, libraries[0].with_name("_build_info.json")]
+        package = self.library("_native").parent
+        files = [self.library("_kernels"), self.library("_native"), package / "_build_info.json"]
+        files += sorted(path for path in package.glob("_csrc/**/*") if path.is_file())
         return [str(file) for file in files if file.exists()]
-
-    def compile(self, folder, flags, tag=""):
-        """The objects of csrc/<folder>; those that are newer than their source and all headers are kept."""
-        headers = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"])
-        objects = ROOT / "build" / f"{folder}{tag}"
-        objects.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source):
-            target = objects / (source.stem + ".o")
-            if not target.exists() or target.stat().st_mtime < max(headers, source.stat().st_mtime):
-                options = ["-std=c++17", "-O3", "-fPIC", "-Wall", *FLAGS.get(source.name, []), *flags]
-                subprocess.run([CXX, *options, "-c", str(source), "-o", str(target)], check=True)
-            return str(target)
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(compile_one, sorted(ROOT.glob(f"csrc/{folder}/*.cc"))))
-
-    def link(self, library, arguments):
-        # A new file, not new bytes in the old one: a process may have the old one mapped.
-        library.parent.mkdir(parents=True, exist_ok=True)
-        fresh = library.with_name(library.name + ".new")
-        subprocess.run([CXX, "-shared", "-o", str(fresh), *arguments], check=True)
-        os.replace(fresh, library)
 
     def build_module(self, kernels):
         import pybind11
 
         includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-        tag = f"-{sysconfig.get_config_var('SOABI')}"
-        self.link(
-            self.library("_kernels"),
-            [*self.compile("python", ["-fvisibility=hidden", *includes], tag), *kernels, "-pthread"],
-        )
+        objects = ROOT / "build" / f"python-{sysconfig.get_config_var('SOABI')}"
+        module = build.compile_folder(ROOT / "csrc" / "python", objects, ["-fvisibility=hidden", *includes])
+        build.link(self.library("_kernels"), [*module, *kernels, "-pthread"])
 
     def build_op(self, kernels):
-        import tensorflow as tf
+        library, tensorflow = self.library("_native"), build.find_tensorflow()
+        if tensorflow is None or not versions.supports(tensorflow[0]):
+            if MODE == "native":
+                found = tensorflow[0] if tensorflow else "none"
+                raise RuntimeError(f"needs TensorFlow {versions.SUPPORTED} in the environment, found {found}")
+            build.carry(ROOT / "csrc", kernels, library.with_name("_csrc"))
+            library.touch()  # so that pip knows of it, and removes what first use puts in its place
+            return {}
+        objects = ROOT / "build" / f"tf-{tensorflow[0]}"
+        return build.build_op(ROOT / "csrc" / "tf", kernels, objects, library, tensorflow)
 
-        if tf.__version__.split(".")[:2] != TENSORFLOW.split("."):
-            raise RuntimeError(f"needs TensorFlow {TENSORFLOW}, found {tf.__version__}")
-        flags = [flag.replace("-I", "-isystem") for flag in tf.sysconfig.get_compile_flags()]
-        objects = [*self.compile("tf", flags, f"-{tf.__version__}"), *kernels]
-        self.link(self.library("_native"), ["-Wl,-z,defs", *objects, *tf.sysconfig.get_link_flags()])
-        compiler = subprocess.run([CXX, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-        return {"tensorflow": tf.__version__, "compiler": compiler, "cuda_architectures": []}
 
-
-if not COMPILE:  # nothing stale may be taken for this build's
-    for stale in [*ROOT.glob("deepfm_ops/*.so"), ROOT / "deepfm_ops" / "_build_info.json"]:
+def clean(package):
+    """Nothing stale may be taken for this build's."""
+    for stale in (package / "_native.so", package / "_build_info.json"):
         stale.unlink(missing_ok=True)
+    shutil.rmtree(package / "_csrc", ignore_errors=True)
+
+
+if not COMPILE:
+    clean(PACKAGE)
+    for stale in PACKAGE.glob("*.so"):
+        stale.unlink()
 
 SERVE = ["fastapi", "uvicorn", "httptools", "orjson"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", *SERVE, "ruff", "clang-format"]
 setup(
-    version=VERSIONS["__version__"],
+    version=versions.__version__,
     ext_modules=[Extension(f"deepfm_ops.{name}", sources=[]) for name in ("_kernels", "_native")] if COMPILE else [],
-    cmdclass={"build_ext": BuildNative},
-    setup_requires=[f"tensorflow-cpu=={TENSORFLOW}.*"] if COMPILE and MODE != "kernels" else [],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
     extras_require={
-        "cpu": [f"tensorflow-cpu=={TENSORFLOW}.*"],
-        "gpu": [f"tensorflow=={TENSORFLOW}.*"],
+        "cpu": [f"tensorflow-cpu{versions.REQUIREMENT}"],
+        "gpu": [f"tensorflow{versions.REQUIREMENT}"],
         "data": ["pandas"],
         "demo": ["pandas", "matplotlib"],
         "serve": SERVE,

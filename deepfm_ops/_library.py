@@ -3,29 +3,96 @@
 import contextlib
 import contextvars
 import ctypes
+import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import sys
+import tempfile
 
-from deepfm_ops._version import TENSORFLOW, __version__
+from deepfm_ops import _build
+from deepfm_ops._version import SUPPORTED, TENSORFLOW, __version__, supports
 
 KERAS_EXPORT = "keras.src.export"  # what Keras's export is made of
 BACKENDS = ("auto", "native", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in deepfm_ops's source)"
 _PORTABLE = contextvars.ContextVar("portable", default=False)
-_DIRECTORY = pathlib.Path(__file__).parent
-_LIBRARY = _DIRECTORY / "_native.so"
-_BUILD_INFO = _DIRECTORY / "_build_info.json"
+_PACKAGE = pathlib.Path(__file__).parent
+_SOURCES = _PACKAGE / "_csrc"  # there only if the op was left to its first use
+_LOGGER = logging.getLogger("deepfm_ops")
 
 
-def _why_not(found):
+def _build_info(folder):
+    """What is known of the library in `folder`; empty if it was not compiled."""
+    file = folder / "_build_info.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _cache(tensorflow):
+    """The user's folder for the op of this package and this TensorFlow."""
+    digest = hashlib.sha256(repr(tensorflow).encode())
+    for path in sorted(path for path in _SOURCES.glob("**/*") if path.is_file()):
+        digest.update(path.read_bytes())
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "deepfm_ops" / digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Inside, no other process is; files are replaced whole, so that where folders cannot be locked nothing breaks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compile(folder, tensorflow):
+    """Compiles the carried op into `folder`, and writes down what came of it, an error too: it is tried once."""
+    _LOGGER.warning("Compiling the native op for TensorFlow %s, once; it takes about a minute.", tensorflow[0])
+    info, library = folder / "_build_info.json", folder / "_native.so"
+    with tempfile.TemporaryDirectory() as objects, _build.replacing(info) as fresh:
+        try:
+            kernels = [_SOURCES / "kernels.o"]
+            built = _build.build_op(_SOURCES / "tf", kernels, pathlib.Path(objects), library, tensorflow)
+        except RuntimeError as error:
+            built = {"error": f"the native op could not be compiled: {error}; to try again, remove {info}"}
+        fresh.write_text(json.dumps(built))
+
+
+def _find(tf):
+    """The folder of the library. An op that was left to its first use is compiled now, if it never was.
+
+    Raises:
+        RuntimeError: nothing can be compiled here.
+        OSError: nothing can be written.
+
+    """
+    if _build_info(_PACKAGE) or not _SOURCES.exists():
+        return _PACKAGE
+    if not supports(tf.__version__):
+        raise RuntimeError(f"the native op needs TensorFlow {SUPPORTED}, found {tf.__version__}")
+    tensorflow = [tf.__version__, [*tf.sysconfig.get_compile_flags(), "-w"], tf.sysconfig.get_link_flags()]
+    folder = _PACKAGE if os.access(_PACKAGE, os.W_OK) else _cache(tensorflow)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not _build_info(folder):
+            if not _build.has_compiler():
+                raise RuntimeError(f"the native op needs a C++ compiler, {_build.compiler()[0]}, at its first use")
+            _compile(folder, tensorflow)
+    return folder
+
+
+def _why_not(folder, found):
     """The reason not to load the library under TensorFlow `found`, or None. Versions are compared before loading."""
-    if not _BUILD_INFO.exists():
+    built = _build_info(folder)
+    if not built:
         return f"deepfm_ops was installed without its native library; to build it: {REBUILD}"
-    built = json.loads(_BUILD_INFO.read_text())
     if "error" in built:
         return f"{built['error']}; to build it: {REBUILD}"
     if built["tensorflow"] != found:
@@ -33,25 +100,30 @@ def _why_not(found):
             f"the native library was built for TensorFlow {built['tensorflow']}, found {found}; "
             f"to rebuild it: {REBUILD}, or install TensorFlow {built['tensorflow']}"
         )
-    if not _LIBRARY.exists():
-        return f"the native library {_LIBRARY.name} is missing; to build it: {REBUILD}"
+    if not (folder / "_native.so").exists():
+        return f"the native library _native.so is missing; to build it: {REBUILD}"
     return None
 
 
 @functools.cache
 def _load():
-    """(module of the native ops or None, reason or None)."""
+    """(module of the native ops or None, reason or None, folder of the library or None)."""
     import tensorflow as tf
 
-    reason = _why_not(tf.__version__)
+    folder = None
+    try:
+        folder = _find(tf)
+        reason = _why_not(folder, tf.__version__)
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
     if reason is None:
         try:
-            return tf.load_op_library(str(_LIBRARY)), None
+            return tf.load_op_library(str(folder / "_native.so")), None, folder
         except (tf.errors.OpError, OSError) as error:
             reason = f"the native library could not be loaded: {error}; to rebuild it: {REBUILD}"
     if _requested() != "reference":
-        logging.getLogger("deepfm_ops").warning("%s. Using the plain TensorFlow fallback, which is slower.", reason)
-    return None, reason
+        _LOGGER.warning("%s. Using the plain TensorFlow fallback, which is slower.", reason)
+    return None, reason, folder
 
 
 def _requested():
@@ -110,7 +182,7 @@ def native_ops(backend="auto"):
         backend = _requested()
     if backend == "reference" or is_portable():
         return None
-    module, reason = _load()
+    module, reason, _ = _load()
     if module is None and backend == "native":
         raise RuntimeError(reason)
     return module
@@ -121,17 +193,15 @@ def native_info() -> dict:
 
     Returns:
         A dict: "native" (bool: the C++ op is in use), "reason" (str, or None when native), "version",
-        "tensorflow_built" (str or None), "tensorflow_found", "tensorflow_supported" (series),
+        "tensorflow_built" (str or None), "tensorflow_found", "tensorflow_supported" (tuple of series),
         "instruction_set" ("baseline", "avx2", "avx512" or None), "cuda_architectures" (list of str),
         "threads" (int: TensorFlow's intra-op threads).
 
     """
     import tensorflow as tf
 
-    module, reason = _load()
-    if _requested() == "reference":
-        reason = "DEEPFM_OPS_BACKEND=reference"
-    built = json.loads(_BUILD_INFO.read_text()) if _BUILD_INFO.exists() else {}
+    module, reason, folder = _load() if _requested() != "reference" else (None, "DEEPFM_OPS_BACKEND=reference", None)
+    built = _build_info(folder or _PACKAGE)
     return {
         "native": reason is None,
         "reason": reason,
@@ -150,9 +220,13 @@ def instruction_set(force=None):
 
     Raises:
         ValueError: this machine cannot run `force`.
+        RuntimeError: the native library cannot be used.
 
     """
-    library = ctypes.CDLL(str(_LIBRARY))
+    _, reason, folder = _load()
+    if reason is not None:
+        raise RuntimeError(reason)
+    library = ctypes.CDLL(str(folder / "_native.so"))
     library.deepfm_ops_isa.restype = ctypes.c_char_p
     if force is not None and not library.deepfm_ops_set_isa(force.encode()):
         raise ValueError(f"this machine cannot run the {force!r} build")

@@ -14,7 +14,7 @@ from testing import REFERENCE_MODE, run_python
 
 import deepfm_ops
 from deepfm_ops import _library
-from deepfm_ops._version import TENSORFLOW
+from deepfm_ops._version import REQUIREMENT, TENSORFLOW, supports
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCORE = """
@@ -55,7 +55,7 @@ def without_anything(copy):
 
 def other_version(copy):
     info = copy / "deepfm_ops" / "_build_info.json"
-    info.write_text(json.dumps({**json.loads(info.read_text()), "tensorflow": "2.20.0"}))
+    info.write_text(json.dumps({**json.loads(info.read_text()), "tensorflow": "2.20.99"}))
 
 
 def not_a_library(copy):
@@ -75,8 +75,8 @@ def failed_build(copy):
         (without_anything, "deepfm_ops was installed without its native library; to build it: pip install"),
         (
             other_version,
-            r"the native library was built for TensorFlow 2.20.0, found 2.21.\d+; to rebuild it: pip install .*, "
-            "or install TensorFlow 2.20.0",
+            r"the native library was built for TensorFlow 2.20.99, found \d+.\d+.\d+; to rebuild it: pip install .*, "
+            "or install TensorFlow 2.20.99",
         ),
         (not_a_library, "the native library could not be loaded: .*; to rebuild it: pip install"),
         (failed_build, "could not be built: no <cstdint>; to build it: pip install"),
@@ -109,24 +109,24 @@ def test_the_switch(copy):
 
 def test_native_info():
     info = deepfm_ops.native_info()
-    assert info["tensorflow_found"].startswith(info["tensorflow_supported"] + ".") and info["threads"] >= 1
+    assert supports(info["tensorflow_found"]) and info["threads"] >= 1
     assert info["tensorflow_supported"] == TENSORFLOW and info["version"] == deepfm_ops.__version__
     assert info["instruction_set"] in (None, "baseline", "avx2", "avx512")
     if not REFERENCE_MODE:
         assert info["tensorflow_built"] == info["tensorflow_found"]
 
 
-def build_wheel(tmp_path, mode, **environment):
-    """A wheel, built in a copy of the sources, with this environment's TensorFlow."""
+def build_wheel(tmp_path, mode, python=sys.executable, **environment):
+    """A wheel, built in a copy of the sources, with the TensorFlow of `python`'s environment."""
     source = tmp_path / "source"
     if not source.exists():
         ignored = shutil.ignore_patterns(
-            ".git", ".venv", "*.so", "_build_info.json", "*.egg-info", "__pycache__", "build"
+            ".git", ".venv", "*.so", "_build_info.json", "_csrc", "*.egg-info", "__pycache__", "build"
         )
         shutil.copytree(ROOT, source, ignore=ignored)
         if (ROOT / "build").exists() and mode != "python":
             shutil.copytree(ROOT / "build", source / "build")  # objects: the compiler itself is not what is tested
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     env = {**os.environ, "DEEPFM_OPS_BUILD": mode, **environment}
     done = subprocess.run([*command, "-w", str(tmp_path), str(source)], env=env, capture_output=True, text=True)
     return done, sorted(tmp_path.glob("*.whl"))
@@ -146,7 +146,8 @@ def test_wheel(tmp_path):
     assert not any(name.endswith((".cc", ".h")) or name.startswith("tests") for name in names)
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
     for extra, package in (("cpu", "tensorflow-cpu"), ("gpu", "tensorflow")):
-        assert re.search(rf'Requires-Dist: {package}=={TENSORFLOW}\.\*; extra == "{extra}"', metadata)
+        found = re.search(rf'Requires-Dist: {package}([<>=].*); extra == "{extra}"', metadata)
+        assert set(found[1].split(",")) == set(REQUIREMENT.split(","))
     assert "True | None" in score(tmp_path / "site")
 
 
@@ -159,6 +160,7 @@ def test_a_wheel_for_serving(tmp_path):
     assert done.returncode == 0, done.stderr
     names = unpack(wheel, tmp_path / "site")
     assert any("_kernels" in name for name in names) and "deepfm_ops/_native.so" not in names
+    assert not any("_csrc" in name for name in names)  # never compiled at first use
     reason = "deepfm_ops was installed with DEEPFM_OPS_BUILD=kernels, without its op; to build it: pip install"
     assert f"False | {reason}" in score(tmp_path / "site")
     model = tmp_path / "model.scorer"
@@ -178,7 +180,7 @@ def test_pure_python_wheel(why, tmp_path):
     assert done.returncode == 0, done.stderr
     assert wheel.name.endswith("py3-none-any.whl")
     names = unpack(wheel, tmp_path / "site")
-    assert not {"deepfm_ops/_native.so", "deepfm_ops/_build_info.json"} & set(names)
+    assert not {"deepfm_ops/_native.so", "deepfm_ops/_build_info.json", "deepfm_ops/_csrc/kernels.o"} & set(names)
     assert "False | deepfm_ops was installed without its native library" in score(tmp_path / "site")
 
 
@@ -202,8 +204,10 @@ def test_kernels_know_nothing_of_tensorflow():
 
 
 def test_one_version_constant():
-    """TensorFlow's version stands in one place."""
-    pattern = re.compile(rf"(?<![\d.]){re.escape(TENSORFLOW)}(?![\d])")
-    places = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "Makefile", *ROOT.glob("deepfm_ops/*.py")]
+    """TensorFlow's versions stand in one place."""
+    pattern = re.compile(rf"(?<![\d.])({'|'.join(map(re.escape, TENSORFLOW))})(?![\d])")
+    places = [ROOT / name for name in ("setup.py", "pyproject.toml", "Makefile", ".ci/run", "tests/matrix.py")]
+    places += sorted(ROOT.glob("deepfm_ops/**/*.py"))
     assert [p.name for p in places if pattern.search(p.read_text())] == ["_version.py"]
-    assert _library.TENSORFLOW == TENSORFLOW
+    assert _library.TENSORFLOW == TENSORFLOW == tuple(sorted(TENSORFLOW, key=lambda v: [*map(int, v.split("."))]))
+    assert [supports(version) for version in (f"{TENSORFLOW[0]}.1", f"{TENSORFLOW[-1]}.0-rc1", "1.15.5")] == [1, 1, 0]
