@@ -4,6 +4,7 @@
 # make wheel   set up, then build a wheel for the TensorFlow of .venv, and check it, into dist/
 # make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
 #              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
+# make docs    pages of the public names, from the docstrings, into build/docs
 # make sanitize  fuzz the kernels under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
@@ -17,7 +18,7 @@ SOURCES := $(shell find csrc -type f)
 
 INDEPENDENT := kernels scorer serve first_use wheel types# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -50,6 +51,10 @@ wheel: setup
 
 matrix:
 	$(PYTHON) tests/matrix.py $(GRID) $(if $(REFERENCE),--reference)
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python docs/build.py build/docs
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -111,6 +116,8 @@ sanitize: build/asan/fuzz build/tsan/fuzz
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
 
 format: setup

@@ -142,7 +142,8 @@ def test_wheel(tmp_path):
     done, (wheel,) = build_wheel(tmp_path, "native")
     assert done.returncode == 0, done.stderr
     names = unpack(wheel, tmp_path / "site")
-    assert {"deepfm_ops/_native.so", "deepfm_ops/_build_info.json", "deepfm_ops/py.typed"} <= set(names)
+    files = ("_native.so", "_build_info.json", "py.typed", "__init__.pyi", "_kernels.pyi")
+    assert {f"deepfm_ops/{file}" for file in files} <= set(names)
     assert not any(name.endswith((".cc", ".h")) or name.startswith("tests") for name in names)
     metadata = next((tmp_path / "site").glob("*.dist-info/METADATA")).read_text()
     for extra, package in (("cpu", "tensorflow-cpu"), ("gpu", "tensorflow")):
