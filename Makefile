@@ -126,4 +126,4 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
 
 clean:
-	rm -rf .venv build dist *.egg-info deepfm_ops/*.so deepfm_ops/_build_info.json
+	rm -rf .venv build dist *.egg-info deepfm_ops/*.so deepfm_ops/_build_info.json deepfm_ops/_csrc

@@ -32,11 +32,11 @@ COMPILE = MODE in ("native", "kernels") or (MODE == "auto" and build.has_compile
 
 
 class BuildPython(build_py):
-    """Copies the modules into an empty folder: those of an earlier build may have been removed since."""
+    """Copies the modules to where none are: those of an earlier build may have been removed since."""
 
     def run(self):
         if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+            shutil.rmtree(pathlib.Path(self.build_lib) / PACKAGE.name, ignore_errors=True)
         super().run()
 
 

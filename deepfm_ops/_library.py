@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import ctypes
-import fcntl
 import functools
 import hashlib
 import json
@@ -43,6 +42,8 @@ def _cache(tensorflow):
 @contextlib.contextmanager
 def _locked(folder):
     """Inside, no other process is; files are replaced whole, so that where folders cannot be locked nothing breaks."""
+    import fcntl  # not on every system that the fallback runs on
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

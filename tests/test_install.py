@@ -185,6 +185,14 @@ def test_pure_python_wheel(why, tmp_path):
     assert "False | deepfm_ops was installed without its native library" in score(tmp_path / "site")
 
 
+def test_a_module_of_an_earlier_build_is_left_out(tmp_path):
+    build_wheel(tmp_path, "python")
+    (stale,) = (tmp_path / "source" / "build").glob("lib*/deepfm_ops")
+    (stale / "gone.py").touch()
+    _, (wheel,) = build_wheel(tmp_path, "python")
+    assert not {"deepfm_ops/gone.py"} & set(unpack(wheel, tmp_path / "site"))
+
+
 def test_a_compiler_that_fails(tmp_path):
     compiler = tmp_path / "broken-compiler"
     compiler.write_text("#!/bin/sh\nexit 1\n")
