@@ -77,7 +77,7 @@ def run_cell(tensorflow, series, folder, tests, reference):
     for command in (
         [interpreter, "-m", "venv", folder / "venv"],
         [*pip, "--upgrade", "pip"],
-        [*pip, requirement],
+        [*pip, requirement, "setuptools>=77", "pybind11>=2.13"],  # the tests build wheels without isolation
         [*pip, "--editable", ".[test]"],  # in isolation, against the TensorFlow that is there by now
     ):
         if not run(command, folder, DEEPFM_OPS_BUILD="native")[1]:

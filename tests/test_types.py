@@ -55,9 +55,9 @@ def test_a_script(checker, tmp_path):
         assert done.returncode == 1 and f'"{name}"' in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("checker", ["mypy", "basedpyright"])
+@pytest.mark.parametrize("checker", [["mypy"], ["basedpyright", "--pythonpath", sys.executable]])
 def test_the_package(checker):
-    done = subprocess.run([sys.executable, "-m", checker], cwd=PACKAGE.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *checker], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
