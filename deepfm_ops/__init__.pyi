@@ -2,6 +2,7 @@ from . import checkpoints as checkpoints
 from . import datasets as datasets
 from . import deepctr as deepctr
 from . import features as features
+from . import kernels as kernels
 from . import layers as layers
 from . import models as models
 from . import ops as ops
@@ -11,8 +12,6 @@ from . import scorer as scorer
 from ._library import native_info as native_info
 from ._version import __version__ as __version__
 from .checkpoints import Checkpoint as Checkpoint
-from .exporting import export as export
-from .exporting import export_scorer as export_scorer
 from .features import DenseFeat as DenseFeat
 from .features import FeatureDictionary as FeatureDictionary
 from .features import SparseFeat as SparseFeat
@@ -21,3 +20,5 @@ from .features import get_feature_names as get_feature_names
 from .layers import FMInteraction as FMInteraction
 from .models import DeepFM as DeepFM
 from .ops import fm_interaction as fm_interaction
+from .saved_model import export as export
+from .scorer.export import export_scorer as export_scorer

@@ -9,14 +9,17 @@ the names of arrays, and in a scorer the arrays. Nothing is ever looked up by th
 import dataclasses
 from typing import Any
 
+from deepfm_ops.features.columns import input_specs
+
 
 @dataclasses.dataclass
 class Lookup:
     """The rows of one table, by the pairs of an encoder.
 
     Attributes:
-        source: what owns the table [V, K]; its first-order weights [V, 1], where it has them, are added up too.
+        source: what owns the table [V, K], and first-order weights [V, 1].
         field_sizes: index columns of each field; they are summed.
+        linear: whether its first order is added up too.
         encoder: number of the encoder that makes the pairs; None: indices and values are the model's own inputs.
         spans: of fields that are then pooled by maximum, [(number of fields, whether to pool them)], or None.
 
@@ -24,6 +27,7 @@ class Lookup:
 
     source: Any
     field_sizes: list
+    linear: bool = False
     encoder: int | None = None
     spans: list | None = None
 
@@ -84,16 +88,21 @@ class Plan:
             deep=optional(self.deep),
         )
 
-    def used(self, is_used):
-        """The plan without the lookups whose source is not `is_used(source)`, and without encoders only they had."""
-        kept = [number for number, part in enumerate(self.lookups) if is_used(part.source)]
+    def used(self):
+        """The plan without lookups that nothing adds up, the encoders that only they had, and the inputs of those."""
+        groups = [[table for table, _ in group] if isinstance(group, list) else [group] for group in self.second_order]
+        interacting = set().union(*groups)
+        kept = [n for n, part in enumerate(self.lookups) if part.linear or self.deep is not None or n in interacting]
         lookups = [self.lookups[number] for number in kept]
         encoders = sorted({part.encoder for part in (*self.first_orders, *lookups)} - {None})
         renumbered = lambda part: dataclasses.replace(  # noqa: E731
             part, encoder=None if part.encoder is None else encoders.index(part.encoder)
         )
+        columns = [column for number in encoders for column in self.encoders[number]]
+        needed = None if self.inputs is None else input_specs([*columns, *self.linear_dense, *self.deep_dense])
         return dataclasses.replace(
             self,
+            inputs=None if needed is None else {name: spec for name, spec in self.inputs.items() if name in needed},
             encoders=[self.encoders[number] for number in encoders],
             first_orders=[renumbered(part) for part in self.first_orders],
             lookups=[renumbered(part) for part in lookups],

@@ -121,11 +121,12 @@ def build_wheel(tmp_path, mode, python=sys.executable, **environment):
     source = tmp_path / "source"
     if not source.exists():
         ignored = shutil.ignore_patterns(
-            ".git", ".venv", "*.so", "_build_info.json", "_csrc", "*.egg-info", "__pycache__", "build"
+            ".git", ".venv*", "dist", "*.so", "_build_info.json", "_csrc", "*.egg-info", "__pycache__", "build"
         )
         shutil.copytree(ROOT, source, ignore=ignored)
         if (ROOT / "build").exists() and mode != "python":
-            shutil.copytree(ROOT / "build", source / "build")  # objects: the compiler itself is not what is tested
+            objects = shutil.ignore_patterns("matrix", "wheel", "docs", "lib*", "bdist*")
+            shutil.copytree(ROOT / "build", source / "build", ignore=objects)  # the compiler is not what is tested
     command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     env = {**os.environ, "DEEPFM_OPS_BUILD": mode, **environment}
     done = subprocess.run([*command, "-w", str(tmp_path), str(source)], env=env, capture_output=True, text=True)

@@ -123,13 +123,13 @@ def as_input(name, x, shape, kind, is_sequence):
 
 
 def _filled(name, x, shape):
-    """A RaggedTensor as [B, *shape]."""
+    """A RaggedTensor [B, None] as [B, width], filled up."""
     width, lengths = shape[0], x.row_lengths()
     fits = tf.reduce_all(lengths <= width)
     text = f"input {name} has {{}} values in row {{}}, the model takes at most {width}"
     shown = lambda: (tf.reduce_max(lengths), tf.argmax(lengths))  # noqa: E731
     with tf.control_dependencies(arguments.require(fits, text, shown)):
-        return x.to_tensor("" if x.dtype == tf.string else 0, shape=(None, *shape))
+        return x.to_tensor("" if x.dtype == tf.string else 0, shape=(None, width))
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")

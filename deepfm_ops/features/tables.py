@@ -104,7 +104,7 @@ class Table:
         if isinstance(column, list | tuple):
             array = None
         elif _is_flat(array := _array(column)) and array.dtype.kind in "iufb":
-            return array.astype(np.float64)
+            return array.astype(np.float64).reshape(-1)
         if array is not None and array.dtype.name == "bfloat16":
             return array.astype(np.float64).reshape(-1)
         found = _cells(name, column)

@@ -46,8 +46,7 @@ class ConfiguredModel(keras.Model):
     def _finish(self, config, inputs, outputs, name, trainable, frozen, plan):
         super().__init__(inputs=inputs, outputs=outputs, name=name)
         self._config = config
-        layers = set(map(id, self.layers))
-        self.plan = plan.used(lambda layer: id(layer) in layers)  # Keras leaves out what nothing uses
+        self.plan = plan
         self._index_inputs = [tensor.name for tensor in self.inputs if tensor.dtype == "int64"]
         self.trainable = trainable
         for layer in frozen:

@@ -15,6 +15,7 @@ from deepfm_ops.features.columns import (
     TablePlan,
     VarLenSparseFeat,
     as_columns,
+    get_feature_names,
     input_specs,
     sequence_names,
 )
@@ -152,6 +153,8 @@ class ColumnDeepFM(ConfiguredModel):
                 )
             plan.encoders = encode.columns
             plan.head = Head(task, name="head")
+            plan = plan.used()
+            inputs = {name: inputs[name] for name in plan.inputs}
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
     def _checked(self, inputs):
@@ -164,9 +167,10 @@ class ColumnDeepFM(ConfiguredModel):
     def _as_inputs(self, x):
         """The inputs that the model needs, in its form, from whatever holds them; what Keras iterates over, mapped."""
         if isinstance(x, list | tuple):
-            if len(x) != len(self.plan.inputs):
-                raise ValueError(f"inputs must be a dict, or a list in this order: {list(self.plan.inputs)}")
-            return self._columns(dict(zip(self.plan.inputs, x, strict=True)))
+            names = get_feature_names(self.plan.columns)
+            if len(x) != len(names):
+                raise ValueError(f"inputs must be a dict, or a list in this order: {names}")
+            return self._columns(dict(zip(names, x, strict=True)))
         if is_table(x):
             return self._columns(x)
         if isinstance(x, tf.data.Dataset):
@@ -388,7 +392,7 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
         else:
             layer = FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)
             parts.append(layer((indices, values)))
-        plan.first_orders.append(Lookup(layer, table.field_sizes, encoder, _spans(members)))
+        plan.first_orders.append(Lookup(layer, table.field_sizes, True, encoder, _spans(members)))
     dense = [column for column in columns if isinstance(column, DenseFeat)]
     if dense:
         numbers = encoding.DenseColumns(dense, name="linear_dense")(_needed(inputs, dense))
@@ -435,7 +439,7 @@ def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
             name=f"fm_{number}",
         )
         embeddings, interaction, *linear = layer((indices, values))
-        plan.lookups.append(Lookup(layer, table.field_sizes, encoder, _spans(members)))
+        plan.lookups.append(Lookup(layer, table.field_sizes, use_linear, encoder, _spans(members)))
         field = 0
         for column in members:
             for _ in range(getattr(column, "dimension", 1)):

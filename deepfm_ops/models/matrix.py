@@ -151,7 +151,7 @@ class DeepFM(ConfiguredModel):
                     **shared,
                 )
                 embeddings, second_order, *linear = fm(inputs)
-                plan.lookups.append(Lookup(fm, sizes))
+                plan.lookups.append(Lookup(fm, sizes, use_linear))
                 parts += [*linear, second_order] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
             else:
