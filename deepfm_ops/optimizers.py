@@ -52,6 +52,10 @@ class _Sparse:
         index = self._get_variable_index(variable)
         return [getattr(self, name)[index] for name in self._slot_lists]
 
+    def build(self, variables):
+        if variables:  # Keras's loader of .h5 files builds with none, after which nothing could be trained
+            super().build(variables)
+
     def apply(self, grads, trainable_variables=None):
         if self.loss_scale_factor is not None:  # Keras would divide, which slices cannot
             grads = [_map(lambda g: g / tf.cast(self.loss_scale_factor, g.dtype), g) for g in grads]
@@ -204,7 +208,8 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
         super().build(variables)
         start = keras.initializers.Constant(self.initial_accumulator_value)
         self._accumulators = [
-            self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.name}_accumulator") for v in variables
+            self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.path.replace('/', '_')}_accumulator")
+            for v in variables
         ]
 
     def update_step(self, gradient, variable, learning_rate):

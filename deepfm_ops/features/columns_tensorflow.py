@@ -17,10 +17,10 @@ def column_to_config(column):
     if "sparsefeat" in config:
         config["sparsefeat"] = column_to_config(column.sparsefeat)
     for key, serialize in (
-        ("embeddings_initializer", keras.initializers.serialize),
+        ("embeddings_initializer", lambda given: keras.initializers.serialize(keras.initializers.get(given))),
         ("transform_fn", keras.saving.serialize_keras_object),
     ):
-        if config.get(key) is not None and not isinstance(config[key], str | dict):
+        if config.get(key) is not None and not isinstance(config[key], dict):
             config[key] = dict(serialize(config[key]))
             config[key].pop("shared_object_id", None)  # Keras numbers objects while it saves
     return {"kind": type(column).__name__, **config}
