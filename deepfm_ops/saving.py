@@ -31,7 +31,8 @@ class _Later:
     """Stands in Keras's registry for a class whose module is not imported yet."""
 
     def __init__(self, name):
-        self.__name__ = self._name = name
+        self._name = name
+        self.__name__ = name
 
     def _class(self):
         return getattr(importlib.import_module(f"deepfm_ops.{HOME[self._name]}"), self._name)

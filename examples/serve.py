@@ -233,7 +233,7 @@ def _columns(inputs, info, max_batch):
 NUMBERS = {int, float, bool}
 SCALARS = NUMBERS | {str, type(None)}
 # What may be in a column, by its kind; the kinds that are missing here are numbers of some dtype.
-TYPES = {"categorical": SCALARS, "numeric": NUMBERS | {type(None)}, "multivalued": SCALARS, "string": SCALARS}
+TYPES = {"numeric": NUMBERS | {type(None)}} | dict.fromkeys(["categorical", "multivalued", "string", "int64"], SCALARS)
 
 
 def _check_entries(name, column, kind):

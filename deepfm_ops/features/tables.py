@@ -12,6 +12,7 @@ import numpy as np
 
 from deepfm_ops.features import cells
 
+NUMBERS = (int, float, np.number, np.bool_)
 NARROW = ("float32", "float16", "Float32", "float", "halffloat", "float[pyarrow]", "halffloat[pyarrow]", "bfloat16")
 
 
@@ -37,7 +38,8 @@ class Table:
     """
 
     def __init__(self, source, names, lists=(), record=True, what="column"):
-        names, known, self._what = list(names), column_names(source), what
+        self._what = what
+        names, known = list(names), column_names(source)
         missing = [name for name in names if name not in known]
         if missing and what == "input":
             raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, known))}")
@@ -77,8 +79,10 @@ class Table:
     def array(self, name, lists=False):
         """The column as an array of numbers of any shape, None where it has to be read cell by cell."""
         column = self._columns[name]
-        if _is_sparse(column) or hasattr(column, "nrows") or (lists and isinstance(column, list | tuple)):
+        if _is_sparse(column) or hasattr(column, "nrows"):
             return None
+        if isinstance(column, list | tuple) and (lists or not _all_numbers(column)):
+            return None  # NumPy would make text of numbers among texts, each as long as the longest
         try:
             array = _array(column)
         except ValueError:  # lists of different lengths
@@ -184,6 +188,11 @@ def _is_plain(value):
     if isinstance(value, str | bytes | int | float | bool | np.generic | decimal.Decimal) or cells.is_missing(value):
         return True
     return getattr(value, "shape", None) == () or type(value).__name__ in ("Timestamp", "datetime", "date")
+
+
+def _all_numbers(values):
+    """Whether a list, of lists maybe, holds numbers alone."""
+    return all(_all_numbers(x) if isinstance(x, list | tuple) else isinstance(x, NUMBERS) for x in values)
 
 
 def _is_sparse(column):

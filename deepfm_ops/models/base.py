@@ -169,10 +169,10 @@ class ConfiguredModel(keras.Model):
         return super().predict_on_batch(self._as_inputs(x))
 
     def _targets(self, y):
-        """The labels, once those that are arrays are known to be ones a loss can use."""
+        """The labels, once those that are arrays are known to be ones a loss can use; a list as an array."""
         if y is not None and not tf.is_tensor(y):
             check_labels(self.plan.task, y)
-        return y
+        return np.asarray(y) if isinstance(y, list | tuple) else y
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Keras's loss; raises InvalidArgumentError for labels that `check_labels` refuses."""

@@ -1,0 +1,116 @@
+"""The private names of Keras and TensorFlow that are used: one that is gone or renamed fails here, and not silently."""
+
+import inspect
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import deepfm_ops
+from deepfm_ops import DeepFM, _library, optimizers
+
+PACKAGE = pathlib.Path(deepfm_ops.__file__).parent
+# Hooks that are overridden here, and that Keras must go on calling: (class, name, its arguments there).
+HOOKS = [
+    (keras.optimizers.Optimizer, "_backend_apply_gradients", ["self", "grads", "trainable_variables"]),
+    (keras.optimizers.Optimizer, "_clip_gradients", ["self", "grads"]),
+    (keras.optimizers.Optimizer, "_apply_weight_decay", ["self", "variables"]),
+    (keras.Model, "_run_through_graph", ["self", "inputs", "operation_fn", "call_fn"]),
+]
+# Methods and attributes that are asked for.
+METHODS = [
+    (keras.optimizers.Optimizer, "_get_variable_index"),
+    (keras.optimizers.Optimizer, "_var_key"),
+    (keras.optimizers.Optimizer, "_use_weight_decay"),
+    (keras.Model, "_flatten_layers"),
+]
+SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "Ftrl": ["_accumulators", "_linears"]}
+MODULES = [
+    ("tensorflow.python.ops.resource_variable_ops", ["variable_accessed", "variable_shape", "BaseResourceVariable"]),
+    ("tensorflow.python.trackable.resource", ["CapturableResource"]),
+    (_library.KERAS_EXPORT, []),
+]
+ATTRIBUTES = ["_initial_epoch"]  # of a model, which `fit` reads
+
+
+def functional():
+    """A functional model's class: where Keras puts what a keras.Model made of tensors has."""
+    x = keras.Input((1,))
+    return type(keras.Model(x, keras.layers.Dense(1)(x)))
+
+
+@pytest.mark.parametrize(("owner", "name", "arguments"), HOOKS, ids=lambda x: x if isinstance(x, str) else "")
+def test_hooks_are_there(owner, name, arguments):
+    owner = functional() if owner is keras.Model else owner
+    assert list(inspect.signature(getattr(owner, name)).parameters) == arguments
+
+
+@pytest.mark.parametrize(("owner", "name"), METHODS, ids=lambda x: x if isinstance(x, str) else "")
+def test_methods_are_there(owner, name):
+    assert callable(getattr(functional() if owner is keras.Model else owner, name))
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_slots_are_there(name):
+    optimizer = getattr(keras.optimizers, name)()
+    variable = keras.Variable(np.ones((3, 2)))
+    optimizer.build([variable])
+    for slots in SLOTS[name]:
+        assert getattr(optimizer, slots)[optimizer._get_variable_index(variable)].shape == (3, 2)
+
+
+@pytest.mark.parametrize(("module", "names"), MODULES, ids=lambda x: x if isinstance(x, str) else "")
+def test_modules_are_there(module, names):
+    found = __import__(module, fromlist=["x"])
+    for name in names:
+        assert hasattr(found, name)
+
+
+def test_the_hooks_are_called(monkeypatch):
+    """By a training step with clipping and weight decay, and by a clone."""
+    called = set()
+    for owner in (optimizers._Sparse, deepfm_ops.models.base.ConfiguredModel):
+        for _, name, _ in HOOKS:
+            if name in vars(owner):
+                original = vars(owner)[name]
+
+                def watched(self, *args, original=original, name=name, **kwargs):
+                    called.add(name)
+                    return original(self, *args, **kwargs)
+
+                monkeypatch.setattr(owner, name, watched)
+    model = DeepFM(9, 2, 2, (2,))
+    model.compile(optimizers.LazyAdam(0.1, clipnorm=1.0, weight_decay=0.01), "binary_crossentropy")
+    model.fit((np.ones((2, 2), int), np.ones((2, 2))), np.ones(2), verbose=0)
+    keras.models.clone_model(model)
+    assert called == {name for _, name, _ in HOOKS}
+
+
+def test_a_resumed_fit_begins_where_the_model_says():
+    seen = []
+    model = DeepFM(9, 2, 2, (2,))
+    model.compile("adam", "binary_crossentropy")
+    epochs = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: seen.append(epoch),
+        on_train_begin=lambda logs: setattr(model, "_initial_epoch", 2),
+    )
+    model.fit((np.ones((2, 2), int), np.ones((2, 2))), np.ones(2), epochs=4, verbose=0, callbacks=[epochs])
+    assert seen == [2, 3]
+
+
+def test_the_list_is_complete():
+    """Every name with an underscore that this package uses and does not define stands above."""
+    listed = {name for _, name, _ in HOOKS} | {name for _, name in METHODS} | set(ATTRIBUTES)
+    listed |= {name for names in SLOTS.values() for name in names}
+    used, own = set(), set()
+    for text in [path.read_text() for path in PACKAGE.glob("**/*.py")]:
+        used |= set(re.findall(r"(?:super\(\)|model|optimizer|layer|self)\.(_[a-z]\w*)", text))
+        own |= set(re.findall(r"^    (?:def )?(_[a-z]\w*)(?=\(| =|: )", text, re.MULTILINE))
+        for left in re.findall(r"^( +self\._[^()=]*) = ", text, re.MULTILINE):
+            own |= set(re.findall(r"self\.(_\w+)", left))
+        for module in re.findall(r"from ((?:tensorflow\.python|keras\.src)[\w.]*) import (\w+)", text):
+            assert ".".join(module) in dict(MODULES)
+    assert used - (own - {"_accumulators"}) <= listed
+    assert {name for _, name, _ in HOOKS} <= used
