@@ -71,10 +71,11 @@ def _from_cells(name, table, shape, kind, is_sequence):
     width, cells_of = math.prod(shape), list(table.samples(name))
     samples = [_flat(sample) for sample in cells_of]
     lengths = {-1 if sample is None else len(sample) for sample in samples}
-    if -1 in lengths:  # plain values, each a sample by itself
-        if len(lengths) > 1:
-            raise ValueError(f"input {name!r} must hold equally long lists, or none")
-        samples, lengths = [[cell] for cell in cells_of], {1}
+    if -1 in lengths and len(lengths) > 1:
+        raise ValueError(f"input {name!r} must hold equally long lists, or none")
+    # Plain values are each a sample by itself.
+    samples = [[cell] if sample is None else sample for cell, sample in zip(cells_of, samples, strict=True)]
+    lengths = {abs(length) for length in lengths}
     if is_sequence and max(lengths, default=0) <= width:
         empty = "" if kind == "string" else 0
         samples = [sample + [empty] * (width - len(sample)) for sample in samples]

@@ -154,7 +154,7 @@ class ColumnDeepFM(ConfiguredModel):
             plan.encoders = encode.columns
             plan.head = Head(task, name="head")
             plan = plan.used()
-            inputs = {name: inputs[name] for name in plan.inputs}
+            inputs = {name: inputs[name] for name in plan.inputs or ()}
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
     def _checked(self, inputs):
