@@ -6,19 +6,42 @@ import pathlib
 import re
 
 import pytest
+from testing import run_python
 
 ROOT = pathlib.Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+BLOCKS = {
+    f"{page.name}, block {number}": block
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
+THERE = [name for name, block in BLOCKS.items() if block.startswith("# there")]
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) >= 10 and len(THERE) == 1
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in THERE])
+def test_code_blocks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), {"__name__": "readme"})
+    exec(compile(BLOCKS[name], name, "exec"), {"__name__": "readme"})
+
+
+def test_train_here_load_there(tmp_path):
+    """The README's journey, in two processes."""
+    names = list(BLOCKS)
+    here = BLOCKS[names[names.index(THERE[0]) - 1]]
+    run_python(here, tmp_path)
+    assert {"model.keras", "model.scorer"} <= {path.name for path in tmp_path.iterdir()}
+    printed = run_python(BLOCKS[THERE[0]], tmp_path)
+    assert len(re.findall(r"0\.\d+", printed)) >= 2
+
+
+def test_pages_that_are_named_exist():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 @pytest.mark.parametrize("module", ["features.dictionary", "layers", "models.matrix", "scorer.scoring"])

@@ -6,7 +6,12 @@ lies and all processes share one copy. The zip's comment, the last bytes of the 
     deepfm_ops scorer <format> sha256 <hex digest>
 
 and its digest is the SHA-256 of the SHA-256s of all bytes before the comment's length, in pieces of 16 MiB, which
-threads compute side by side.
+threads compute side by side. The manifest has
+
+    info      what `Scorer.info` shows
+    plan      a `deepfm_ops.plan.Plan`, with the names of arrays for sources: of each lookup "table" and "weights"; of
+              hidden layer i kernel_i and bias_i; linear_kernel, deep and bias
+    features  `FeatureDictionary.to_config()`, or null
 """
 
 import concurrent.futures
