@@ -1,15 +1,17 @@
 """Compiles csrc/. setup.py runs this file without the package; _library.py compiles an op left to its first use."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
+# setup.py has no package to import it from.
+replacing = runpy.run_path(str(pathlib.Path(__file__).with_name("files.py")))["replacing"]
 FLAGS = {  # one body of the loops, one build per instruction set
     "fm_cpu_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
     "fm_cpu_avx512.cc": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -76,19 +78,8 @@ def compile_folder(folder, objects, flags=()):
     return [target for target, _ in done]
 
 
-@contextlib.contextmanager
-def replacing(file):
-    """Gives a new file to write, which then takes the place of `file`: a process may have the old one mapped."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        yield fresh
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
 def link(library, arguments):
+    library.parent.mkdir(parents=True, exist_ok=True)
     with replacing(library) as fresh:
         run(["-shared", "-o", fresh, *arguments])
 

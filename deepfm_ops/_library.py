@@ -14,6 +14,7 @@ import tempfile
 
 from deepfm_ops import _build
 from deepfm_ops._version import SUPPORTED, TENSORFLOW, __version__, supports
+from deepfm_ops.files import replacing
 
 KERAS_EXPORT = "keras.src.export"  # what Keras's export is made of
 BACKENDS = ("auto", "native", "reference")
@@ -57,7 +58,7 @@ def _compile(folder, tensorflow):
     """Compiles the carried op into `folder`, and writes down what came of it, an error too: it is tried once."""
     _LOGGER.warning("Compiling the native op for TensorFlow %s, once; it takes about a minute.", tensorflow[0])
     info, library = folder / "_build_info.json", folder / "_native.so"
-    with tempfile.TemporaryDirectory() as objects, _build.replacing(info) as fresh:
+    with tempfile.TemporaryDirectory() as objects, replacing(info) as fresh:
         try:
             kernels = [_SOURCES / "kernels.o"]
             built = _build.build_op(_SOURCES / "tf", kernels, pathlib.Path(objects), library, tensorflow)

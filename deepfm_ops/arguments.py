@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from deepfm_ops.features import cells
+
 TABLE_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 INDEX_DTYPES = (tf.int32, tf.int64)
 OUTPUTS = ("scalar", "vector")
@@ -50,6 +52,25 @@ def require(holds, text, shown):
             return tf.constant(False)
 
     return [tf.cond(holds, lambda: tf.constant(True), fail)]
+
+
+def usable(name, x, what="column", allow_missing=False):
+    """The numbers [B, ...], once none of them would make a loss NaN: `cells.first_unusable` in TensorFlow.
+
+    Raises InvalidArgumentError, when it runs, that names the row.
+    """
+    wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)  # in float16 the bound itself would be infinite
+    bad = tf.abs(wide) > cells.LARGEST
+    if not allow_missing:
+        bad |= tf.math.is_nan(wide)
+
+    def shown():
+        first = tf.where(bad)[0]
+        return first[0], tf.gather_nd(x, first)
+
+    text = f"{what} {name}, row {{}}: {{}} {cells.UNUSABLE}"
+    with tf.control_dependencies(require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
+        return tf.identity(x)
 
 
 def _table(table):

@@ -12,6 +12,8 @@ HOME = {
     "ColumnDeepFM": "models",
     "Head": "models.parts",
     "BiInteraction": "models.parts",
+    "Fields": "models.parts",
+    "Sum": "models.parts",
     "FMInteraction": "layers",
     "FirstOrder": "layers",
     "ColumnEncoder": "features.columns_tensorflow",
@@ -59,10 +61,13 @@ class _KerasFinder:
     wrapt has such a hook; it would be a third of the time that the scorer takes to import.
     """
 
+    for_deepfm_ops = True
+
     def find_spec(self, name, path=None, target=None):
         if name != "keras":
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -79,5 +84,5 @@ def when_keras_comes():
     """Registers the classes now, or when Keras is imported."""
     if "keras" in sys.modules and hasattr(sys.modules["keras"], "saving"):
         register(sys.modules["keras"])
-    else:
+    elif not any(getattr(finder, "for_deepfm_ops", False) for finder in sys.meta_path):  # imported twice
         sys.meta_path.insert(0, _KerasFinder())

@@ -68,7 +68,7 @@ TABLE = {
     "1e300": Case("age", 1e300, UNUSABLE, UNUSABLE, UNUSABLE),
     "beyond 2^32": Case("age", -5e9, UNUSABLE, UNUSABLE, UNUSABLE),
     "huge integer": Case("age", 10**400, UNUSABLE, UNUSABLE, UNUSABLE, json=False),
-    "NaT as number": Case("age", pd.NaT, UNUSABLE, UNUSABLE, NOTHING, json=False),
+    "NaT as number": Case("age", pd.NaT, UNUSABLE, UNUSABLE, UNUSABLE, json=False),
     "NaN": Case("age", float("nan"), FINE, UNSEEN, NOTHING, json=False),
     "None as number": Case("age", None, FINE, UNSEEN, NOTHING, served_columns=TYPE + "null"),
     "text as number": Case("age", "old", NO_NUMBER, NO_NUMBER, NO_NUMBER, True, TYPE + "text", TYPE + "text"),
@@ -88,7 +88,7 @@ TABLE = {
     "list as category": Case("city", ["a"], NO_CATEGORY, UNSEEN, NOT_ALIKE, True, TYPE + "lists"),
     "object as category": Case("city", {}, NO_CATEGORY, UNSEEN, NO_TEXT, True, TYPE + "objects", TYPE + "objects"),
     "number as list": Case("tags", 3, NO_LIST, NO_LIST, NOT_ALIKE),
-    "None as list": Case("tags", None, FINE, UNSEEN, NOT_ALIKE),
+    "None as list": Case("tags", None, FINE, UNSEEN, UNSEEN),
     "object as list": Case("tags", {}, NO_LIST, NO_LIST, NOT_ALIKE, True, TYPE + "objects", TYPE + "objects"),
     "too long a list": Case("tags", list("abc"), FINE, FINE, "'tags' must have shape .*: row 1 has 3 values"),
     "date in a list": Case("tags", [DATE], "column 'tags': a category must be", UNSEEN, NO_TAG, json=False),
@@ -282,10 +282,129 @@ def test_labels_in_a_dataset():
             model.fit(data, verbose=0)
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             model.evaluate(data, verbose=0)
-    with pytest.raises(ValueError, match=r"labels\[1\] = inf is not finite: drop the sample, or mend it"):
+    with pytest.raises(ValueError, match=r"labels\[1\] = inf is not finite, or too large to be squared"):
         model.fit(inputs, [0, np.inf, 1], verbose=0)
     model.fit(inputs, [0, -7.5, 1e6], verbose=0)
     soft = DeepFM(6, 2, 2, (2,))
     soft.compile("adam", "binary_crossentropy")
     for labels in ([0, 0.5, 1], [True, False, True], np.array([[1], [0], [1]], np.int8)):
         soft.fit(inputs, labels, verbose=0)
+
+
+# Values that no array was made of, and other ways around a check.
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("form", ["dataset", "tensors", "dict", "generator", "validation", "call"])
+def test_values_of_a_matrix_in_other_forms(form, value):
+    model, labels = DeepFM(6, 2, 2, (2,)), np.ones((3, 1))
+    model.compile("adam", "binary_crossentropy")
+    values = np.ones((3, 2), "f")
+    values[1, 1] = value
+    tensors = tf.constant(MATRIX), tf.constant(values)
+    before = model.get_weights()
+    with pytest.raises(ERRORS, match="is no number to train on or to score"):
+        if form == "dataset":
+            model.fit(tf.data.Dataset.from_tensor_slices((tensors, labels)).batch(2), verbose=0)
+        elif form == "tensors":
+            model.fit(tensors, labels, verbose=0)
+        elif form == "dict":
+            model.fit({"indices": MATRIX, "values": values}, labels, verbose=0)
+        elif form == "generator":
+            model.fit((((MATRIX, values), labels) for _ in range(1)), verbose=0)
+        elif form == "validation":
+            data = tf.data.Dataset.from_tensor_slices((tensors, labels)).batch(3)
+            model.evaluate(data, verbose=0)
+        else:
+            model(tensors)
+    for got, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(got[: len(expected)], expected) if form != "dataset" else None
+        assert np.isfinite(got).all()
+
+
+def test_values_of_the_scorer(tmp_path):
+    deepfm_ops.export_scorer(DeepFM(6, 2, 2, (2,)), tmp_path / "m")
+    scorer = Scorer.load(tmp_path / "m")
+    for value in (np.nan, np.inf, -1e30):
+        values = np.ones((3, 2))
+        values[2, 1] = value
+        with pytest.raises(ValueError, match=r"values\[2,1\] = .* is no number to train on or to score"):
+            scorer.score(MATRIX, values)
+        with pytest.raises(ValueError, match=r"values\[5\] = .* is no number to train on or to score"):
+            scorer.score(MATRIX.ravel(), values.ravel(), bag_splits=np.arange(7))
+    assert np.isfinite(scorer.score(MATRIX, np.full((3, 2), 4e9))).all()
+
+
+def test_numbers_that_a_narrow_input_makes_infinite(tmp_path):
+    columns = [DenseFeat("k", dtype="float16")]
+    model = DeepFM.from_columns(columns, columns, dnn_hidden_units=(2,))
+    deepfm_ops.export_scorer(model, tmp_path / "m")
+    for score in (Scorer.load(tmp_path / "m").score, lambda table: model.predict(table, verbose=0)):
+        with pytest.raises(ValueError, match="input 'k', row 1: 70000.* is no number"):
+            score({"k": [1, 70000, 3]})
+
+
+def test_sample_weights_and_weights_of_values():
+    model = DeepFM(6, 2, 2, (2,))
+    model.compile("adam", "binary_crossentropy")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="argument sample_weight, row .: nan is no number"):
+        model.fit((MATRIX, np.ones((3, 2))), np.ones(3), sample_weight=np.array([1, np.nan, 1]), verbose=0)
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    column = VarLenSparseFeat(SparseFeat("t", 9), 2, weight_name="w")
+    model = DeepFM.from_columns([column], [column], dnn_hidden_units=(2,))
+    inputs = {"t": np.ones((2, 2), int), "w": np.array([[1, np.inf], [1, 1]], "f")}
+    with pytest.raises(ValueError, match="input 'w', row 0: inf is no number"):
+        model.predict(inputs, verbose=0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="column w, row 0: inf is no number"):
+        model.predict(tf.data.Dataset.from_tensor_slices(inputs).batch(2), verbose=0)
+
+
+def test_labels_whose_squares_are_infinite():
+    model = DeepFM(6, 2, 2, (2,), task="regression")
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match=r"labels\[0\] = 1e\+30 is not finite, or too large to be squared"):
+        model.fit((MATRIX, np.ones((3, 2))), [1e30, 1, 2], verbose=0)
+    for labels in (["1", "0", "1"], pd.Categorical([1, 0, 1]), pd.array([1, 0, 1], dtype="Int64")):
+        model.fit((MATRIX, np.ones((3, 2))), labels, verbose=0)
+    with pytest.raises(TypeError, match="labels must be numbers, got dtype datetime64"):
+        model.fit((MATRIX, np.ones((3, 2))), pd.to_datetime(["2020"] * 3).to_numpy(), verbose=0)
+
+
+@pytest.mark.parametrize("place", PLACES[:5])
+def test_what_pandas_makes_of_a_table(place, places):
+    """A dict of dicts has the rows' numbers for keys, a list of records the columns' names for items."""
+    frame = pd.DataFrame(GOOD)
+    with pytest.raises(ValueError, match=r"must be a list or an array .* got dict \(of a DataFrame, pass itself"):
+        places[place](frame.to_dict())
+    with pytest.raises((TypeError, ValueError), match="pass pandas.DataFrame\\(records\\)"):
+        places[place](frame.to_dict("records"))
+    with pytest.raises((TypeError, ValueError), match="pass pandas.DataFrame\\(records\\)"):
+        places[place](frame.to_dict("records") + frame.to_dict("records")[:1])  # as many as inputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"separator": ""}, ValueError, "separator must be text, or None for blanks, got ''"),
+        ({"separator": 3}, ValueError, "separator must be text, or None for blanks, got 3"),
+        ({"categorical": 0}, KeyError, "column 0 is missing"),
+        ({"categorical": None}, TypeError, "categorical must be a name or a list of names, got None"),
+    ],
+)
+def test_arguments_of_fit(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FeatureDictionary().fit(GOOD, **{"categorical": "city", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({7: 1, "7": 2}, "key '7' occurs twice in the vocabulary"),
+        ({"x": 1.7}, "vocabulary\\['x'\\] must be an integer, got 1.7"),
+        ({"x": 9}, "vocabulary\\['x'\\] = 9 is not in \\[0, 5\\)"),
+        (["x"], "vocabulary must be {key: index}, got list"),
+    ],
+)
+def test_vocabularies(vocabulary, message):
+    with pytest.raises(ValueError, match=message):
+        SparseFeat("a", 5, dtype="string", vocabulary=vocabulary)

@@ -172,7 +172,7 @@ from deepfm_ops import scorer
 print(scorer.__file__, scorer.Scorer.load({str(model)!r}).score([[0, 1, 2]]).shape)
 """
     printed = run_python(code, tmp_path / "site", PYTHONPATH=str(blocked))
-    assert printed == f"{tmp_path / 'site' / 'deepfm_ops' / 'scorer.py'} (1,)\n"
+    assert printed == f"{tmp_path / 'site' / 'deepfm_ops' / 'scorer' / '__init__.py'} (1,)\n"
 
 
 @pytest.mark.parametrize("why", ["switch", "no compiler"])

@@ -387,3 +387,65 @@ def test_rows_of_columns(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             loaded.embedding(column, value)
+
+
+def test_an_embedding_of_one_number_is_no_weight():
+    columns = [SparseFeat("u", 5, 1)]
+    with pytest.raises(ValueError, match="column 'u' has no first-order weight in this model"):
+        DeepFM.from_columns([], columns, dnn_hidden_units=(3,)).weight("u")
+    pooled = [VarLenSparseFeat(SparseFeat("u", 5, 2), 2, "max")]
+    model = DeepFM.from_columns(pooled, [], task="regression")
+    model.get_layer("first_order_0").embeddings.assign([[0.0], [1], [2], [3], [4]])
+    assert model.weight("u", 3) == 3
+
+
+def test_a_model_keeps_its_dictionary():
+    features = FeatureDictionary().fit({"a": ["x", "y"]}, categorical="a")
+    model = DeepFM.from_features(features, hidden_units=(2,))
+    features.fit({"a": ["p", "q", "r"]}, categorical="a")
+    assert model.features.index("a", "x") == 1 and model.features.index("a", "p") == 0
+    assert keras.models.clone_model(model).features.num_features == 3
+
+
+def test_a_subclass_is_cloned_or_refused():
+    class Same(DeepFM):
+        pass
+
+    class More(DeepFM):
+        def __init__(self, *args, extra=3, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+
+    assert type(keras.models.clone_model(Same(20, 3, 4, (6,)))) is Same
+    with pytest.raises(ValueError, match="More has a constructor of its own, whose arguments a clone would lose"):
+        keras.models.clone_model(More(20, 3, 4, (6,), extra=5))
+
+
+def test_imported_twice():
+    code = """
+import sys, importlib, deepfm_ops
+importlib.reload(deepfm_ops)
+for name in [name for name in sys.modules if name.startswith("deepfm_ops")]:
+    del sys.modules[name]
+import deepfm_ops, keras
+print("deepfm_ops>DeepFM" in keras.saving.get_custom_objects())
+"""
+    assert run_python(code).strip() == "True"
+
+
+def test_validation_data_by_position():
+    model = matrix_model()
+    model.compile("adam", "binary_crossentropy")
+    history = model.fit(MATRICES, LABELS, 2, 1, 0, None, 0.0, (MATRICES, LABELS))
+    assert "val_loss" in history.history
+
+
+@pytest.mark.parametrize("form", ["keras", "h5"])
+def test_parts_of_a_column_model(form, tmp_path):
+    model = column_model()
+    part = keras.Model(model.inputs, model.plan.head.input[0])
+    part.save(tmp_path / f"m.{form}")
+    assert keras.models.load_model(tmp_path / f"m.{form}").count_params() == part.count_params()
+    whole = keras.Model(model.inputs, model.outputs)
+    whole.save(tmp_path / f"w.{form}")
+    assert keras.models.load_model(tmp_path / f"w.{form}").count_params() == model.count_params()

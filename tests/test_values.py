@@ -2,10 +2,13 @@
 
 import datetime
 import decimal
+import enum
 import json
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import tensorflow as tf
 
@@ -15,6 +18,16 @@ from deepfm_ops.features import cells
 from deepfm_ops.scorer import Scorer
 
 pytest.importorskip("deepfm_ops.kernels", reason="a pure-Python install has no kernels")
+
+
+class Color(str, enum.Enum):  # noqa: UP042
+    RED = "red"
+
+
+class Number(enum.IntEnum):
+    SEVEN = 7
+
+
 # (what a cell may hold, its canonical text)
 VALUES = [
     (7, "7"),
@@ -51,6 +64,9 @@ VALUES = [
     ("Ölo".encode(), "Ölo"),
     ("", ""),
     (float("inf"), "inf"),
+    (Color.RED, "red"),
+    (Number.SEVEN, "7"),
+    (3e25, "30000000000000000570425344"),
 ]
 TEXTS = list(dict.fromkeys(text for _, text in VALUES))
 MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), decimal.Decimal("nan")]
@@ -240,3 +256,55 @@ def test_index_and_name_are_inverse():
             features.name(wrong)
     with pytest.raises(KeyError, match="column 'town' is not in the dictionary; it has .'city', 'shop'"):
         features.index("town", "Rome")
+
+
+NARROW = np.float32([0.1, 0.7])
+NARROW_COLUMNS = {
+    "[B, 1]": NARROW[:, np.newaxis],
+    "categories": pd.Series(NARROW).astype("category"),
+    "nullable": pd.Series(NARROW, dtype="Float32"),
+    "arrow dictionary": pa.array(NARROW).dictionary_encode(),
+    "masked": np.ma.masked_array(NARROW, [False, False]),
+    "bfloat16": tf.constant(NARROW, tf.bfloat16),
+}
+NARROW_LISTS = {
+    "[B, n]": NARROW[:, np.newaxis],
+    "arrays": [NARROW[:1], NARROW[1:]],
+    "polars": pl.Series([[x] for x in NARROW], dtype=pl.List(pl.Float32)),
+    "pyarrow": pa.array([[x] for x in NARROW], pa.list_(pa.float32())),
+    "ragged": tf.RaggedTensor.from_row_lengths(NARROW, [1, 1]),
+    "sparse": tf.RaggedTensor.from_row_lengths(NARROW, [1, 1]).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", NARROW_COLUMNS)
+def test_narrow_floats_have_one_id(kind):
+    given = NARROW_COLUMNS[kind]
+    texts = ["0.1", "0.7"] if kind != "bfloat16" else ["0.100097656", "0.69921875"]
+    features = FeatureDictionary().fit({"a": texts}, categorical="a")
+    assert features.transform({"a": given})[0].ravel().tolist() == [1, 2]
+    columns = [SparseFeat("a", 10**6, 2, use_hash=True, dtype="string")]
+    model = DeepFM.from_columns(columns, columns, dnn_hidden_units=(3,), seed=1)
+    if not tf.is_tensor(given):  # which a graph cannot write out; it says so
+        np.testing.assert_array_equal(model.predict({"a": given}, verbose=0), model.predict({"a": texts}, verbose=0))
+
+
+@pytest.mark.parametrize("kind", NARROW_LISTS)
+def test_narrow_floats_in_lists_have_one_id(kind):
+    features = FeatureDictionary().fit({"t": [["0.1"], ["0.7"]]}, multivalued="t")
+    assert features.transform({"t": NARROW_LISTS[kind]})[0].ravel().tolist() == [1, 2]
+
+
+def test_masked_cells_are_missing():
+    masked = np.ma.masked_array([1.0, 99.0, 3.0], [False, True, False])
+    features = FeatureDictionary().fit({"n": masked, "c": masked}, categorical="c", numeric="n")
+    assert features.fields[0]["values"] == ["1", "3"]
+    assert features.transform({"n": masked, "c": masked})[1].tolist() == [[1, 1], [0, 0], [1, 3]]
+
+
+def test_floats_that_no_integer_holds_are_told_apart_or_refused():
+    columns = [SparseFeat("a", 10**6, 2, use_hash=True, dtype="string")]
+    model = DeepFM.from_columns(columns, columns, dnn_hidden_units=(3,))
+    for values in ([1e20, 3e25], [2.0**63, -(2.0**64)]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="input a must hold text or whole numbers"):
+            model.predict({"a": tf.constant(values, tf.float64)}, verbose=0)

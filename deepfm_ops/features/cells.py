@@ -8,8 +8,9 @@ import decimal
 
 import numpy as np
 
-# The gradient of a product of two columns grows with the square of their numbers, and optimizers square it once more:
-# beyond the fourth root of what float32 holds a loss becomes NaN.
+# Beyond it a loss is NaN after a few steps even of cross-entropy, if another column holds such numbers too (tried: 1e10
+# trains, 1e11 does not): the gradient of their product is squared by the optimizer, and 2^32 is the fourth root of what
+# float32 holds. Smaller numbers may still diverge, under a squared loss above all: columns want to be scaled.
 LARGEST = 2.0**32
 UNUSABLE = (
     "is no number to train on or to score: NaN, NaT, infinities and numbers beyond 2^32 make a loss NaN; mend it, or "
@@ -35,10 +36,10 @@ def text(value):
 
     """
     if isinstance(value, str):
-        return str(value)
+        return str.__str__(value)  # an Enum of texts would write out its name
     if isinstance(value, bool | np.bool_):
         return str(bool(value))
-    if isinstance(value, int | np.integer):
+    if isinstance(value, int | np.integer) and not isinstance(value, np.timedelta64):
         return str(int(value))
     if isinstance(value, float | np.floating):
         # NumPy writes float32 out in its own digits: 0.1 is "0.1" in every precision.
@@ -62,13 +63,19 @@ def category(value, name):
         raise TypeError(f"column {name!r}: {error}") from None
 
 
-def kind(value):
-    """What a category came as: "text", "boolean", "integer" or "fraction"."""
-    if isinstance(value, bool | np.bool_):
-        return "boolean"
+def kind(value, text):
+    """What a category came as, "text", "boolean", "integer" or "fraction"; `text` is its canonical one."""
     if isinstance(value, str | bytes):
         return "text"
-    return "integer" if text(value).removeprefix("-").isdigit() else "fraction"
+    if isinstance(value, bool | np.bool_):
+        return "boolean"
+    return "integer" if is_integer(text) else "fraction"
+
+
+def is_integer(text):
+    """Whether a text is the canonical one of an integer."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and (digits[0] != "0" or text == "0")
 
 
 def in_order(texts):
@@ -83,15 +90,29 @@ def in_order(texts):
 
 def _number(category):
     """The number whose canonical text this is, or None."""
-    digits = category.removeprefix("-")
-    if digits.isascii() and digits.isdigit() and len(digits) < 4000:  # Python refuses to read more
-        number = int(category)
-        return number if str(number) == category else None
+    if is_integer(category):
+        return int(category) if len(category) < 4000 else None  # Python refuses to read more
     try:
         number = float(category)
     except ValueError:
         return None
     return number if number == number and str(number) == category else None
+
+
+def first_unusable(numbers, allow_missing=False):
+    """The position, a tuple, of the first number that would make a loss NaN; None if there is none.
+
+    Args:
+        numbers: array of floats or integers.
+        allow_missing: whether NaN is fine, because it marks what is missing.
+
+    """
+    if numbers.dtype.itemsize < 4:  # in which the bound itself would be infinite
+        numbers = numbers.astype(np.float32)
+    bad = np.abs(numbers) > LARGEST
+    if not allow_missing:
+        bad |= np.isnan(numbers)
+    return tuple(np.argwhere(bad)[0].tolist()) if bad.any() else None
 
 
 def checked_numbers(name, numbers, cells, nonfinite="error"):
@@ -107,10 +128,10 @@ def checked_numbers(name, numbers, cells, nonfinite="error"):
         ValueError: an infinity, or a number beyond 2^32, by row and column.
 
     """
-    good = ~(np.abs(numbers) > LARGEST)
-    if good.all():
+    bad = first_unusable(numbers, allow_missing=True)
+    if bad is None:
         return numbers
     if nonfinite == "missing":
-        return np.where(good, numbers, np.nan)
-    row = int(np.argmin(good))
-    raise ValueError(f"column {name!r}, row {row}: {str(cells()[row])[:40]} {UNUSABLE}")
+        return np.where(np.abs(numbers) > LARGEST, np.nan, numbers)
+    shown = str(cells()[bad[0]])
+    raise ValueError(f"column {name!r}, row {bad[0]}: {shown if len(shown) < 40 else shown[:36] + ' ...'} {UNUSABLE}")

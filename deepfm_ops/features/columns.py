@@ -2,7 +2,8 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def _read_vocabulary(path, name, size):
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.reader(file), 1):
             where = f"column {name!r}: {path}, line {number}"
-            if len(row) != 2 or not row[0].strip().lstrip("-").isdigit():
+            if len(row) != 2 or not re.fullmatch(r"\s*-?[0-9]+\s*", row[0]):
                 raise ValueError(f"{where}: must be 'index,key', got {','.join(row)!r}")
             index = int(row[0])
             if not 0 <= index < size:
@@ -90,10 +91,18 @@ class SparseFeat(_Column):
             vocabulary = _read_vocabulary(self.vocabulary_path, self.name, self.vocabulary_size)
             object.__setattr__(self, "vocabulary", vocabulary)
         elif self.vocabulary is not None:
-            vocabulary = {cells.category(key, self.name): int(index) for key, index in self.vocabulary.items()}
-            for key, index in vocabulary.items():
+            if not isinstance(self.vocabulary, Mapping):
+                raise ValueError(f"{owner}: vocabulary must be {{key: index}}, got {type(self.vocabulary).__name__}")
+            vocabulary = {}
+            for key, index in self.vocabulary.items():
+                text = cells.category(key, self.name)
+                if text in vocabulary:
+                    raise ValueError(f"{owner}: key {text!r} occurs twice in the vocabulary")
+                if isinstance(index, bool) or not isinstance(index, int | np.integer):
+                    raise ValueError(f"{owner}: vocabulary[{key!r}] must be an integer, got {index!r}")
                 if not 0 <= index < self.vocabulary_size:
                     raise ValueError(f"{owner}: vocabulary[{key!r}] = {index} is not in [0, {self.vocabulary_size})")
+                vocabulary[text] = int(index)
             object.__setattr__(self, "vocabulary", vocabulary)
         if self.dtype != "string" and not np.issubdtype(np.dtype(self.dtype), np.integer):
             raise ValueError(f"{owner}: dtype must be an integer type or 'string', got {self.dtype!r}")

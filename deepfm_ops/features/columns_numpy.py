@@ -6,7 +6,7 @@ import numpy as np
 
 from deepfm_ops.features import cells
 from deepfm_ops.features.columns import SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
-from deepfm_ops.features.tables import Table
+from deepfm_ops.features.tables import Table, flat, number
 
 
 def raw_inputs(source, specs, sequences=(), unchecked=()):
@@ -34,7 +34,7 @@ def raw_inputs(source, specs, sequences=(), unchecked=()):
         if array is None:
             array = _from_cells(name, table, shape, kind, name in sequences)
         if kind not in ("string", "int64") and name not in unchecked:
-            _check_numbers(name, array)
+            _check_numbers(name, array, kind)
         arrays[name] = array
     return arrays
 
@@ -68,46 +68,39 @@ def _from_array(name, table, shape, kind, is_sequence):
 def _from_cells(name, table, shape, kind, is_sequence):
     """The input, from samples of Python objects."""
     convert = {"string": _text, "int64": _integer}.get(kind, _number)
-    width, cells_of = math.prod(shape), list(table.samples(name))
-    samples = [_flat(sample) for sample in cells_of]
+    width, cells_of = math.prod(shape), table.objects(name)
+    samples = [flat(cell) for cell in cells_of]
+    if is_sequence:
+        samples = [
+            [] if sample is None and cells.is_missing(cell) else sample
+            for cell, sample in zip(cells_of, samples, strict=True)
+        ]
     lengths = {-1 if sample is None else len(sample) for sample in samples}
     if -1 in lengths and len(lengths) > 1:
-        raise ValueError(f"input {name!r} must hold equally long lists, or none")
+        row = next(row for row, sample in enumerate(samples) if sample is None)
+        raise ValueError(f"input {name!r} must hold equally long lists, or none; got {cells_of[row]!r} in row {row}")
     # Plain values are each a sample by itself.
     samples = [[cell] if sample is None else sample for cell, sample in zip(cells_of, samples, strict=True)]
-    lengths = {abs(length) for length in lengths}
-    if is_sequence and max(lengths, default=0) <= width:
+    longest = max(map(len, samples), default=0)
+    if is_sequence and longest <= width:
         empty = "" if kind == "string" else 0
         samples = [sample + [empty] * (width - len(sample)) for sample in samples]
-    elif lengths - {width}:
-        if len(lengths) > 1 and not is_sequence:
+    elif any(len(sample) != width for sample in samples):
+        if not is_sequence and len(set(map(len, samples))) > 1:
             raise ValueError(f"input {name!r} must hold equally long lists")
-        row = next(row for row, sample in enumerate(samples) if len(sample) == max(lengths))
+        row = next(row for row, sample in enumerate(samples) if len(sample) == longest)
         raise ValueError(
-            f"input {name!r} must have shape {('B', *shape)}, got ({len(samples)}, {max(lengths)}): "
-            f"row {row} has {max(lengths)} values"
+            f"input {name!r} must have shape {('B', *shape)}, got ({len(samples)}, {longest}): "
+            f"row {row} has {longest} values"
         )
     found = [convert(name, value, row) for row, sample in enumerate(samples) for value in sample]
     dtype = {"string": object, "int64": np.int64}.get(kind, np.float64)
     return np.fromiter(found, dtype, len(found)).reshape(len(samples), *shape)
 
 
-def _flat(sample):
-    """The values of a sample that is a list of any kind; None for a plain one."""
-    if hasattr(sample, "tolist"):
-        sample = sample.tolist()
-    elif hasattr(sample, "to_list"):
-        sample = sample.to_list()
-    if not isinstance(sample, list | tuple):
-        return None
-    flat = []
-    for value in sample:
-        inner = _flat(value)
-        flat += [value] if inner is None else inner
-    return flat
-
-
 def _text(name, value, row):
+    if type(value) is str:
+        return value
     if cells.is_missing(value):
         return ""
     try:
@@ -117,12 +110,8 @@ def _text(name, value, row):
 
 
 def _integer(name, value, row):
-    try:
-        text = cells.text(int(value) if isinstance(value, bool | np.bool_) else value)
-        number = int(text)
-    except (TypeError, ValueError):
-        number = text = None
-    if number is None or str(number) != text:
+    number = integer(value)
+    if number is None:
         kind = "integers" if isinstance(value, float) else f"numbers, got dtype {np.asarray(value).dtype}"
         raise TypeError(f"input {name!r} must hold {kind}: {value!r} in row {row} is none")
     if not -(2**63) <= number < 2**63:
@@ -130,25 +119,26 @@ def _integer(name, value, row):
     return number
 
 
-def _number(name, value, row):
+def integer(value):
+    """The integer that a category is, or whose canonical text it is; None for any other."""
     try:
-        if not cells.is_missing(value):
-            return float(value)
-        return np.nan
-    except OverflowError:
-        return np.inf
+        text = str(int(value)) if isinstance(value, bool | np.bool_) else cells.text(value)
+        return int(text) if cells.is_integer(text) else None
     except (TypeError, ValueError):
-        dtype = np.asarray(value).dtype
-        raise TypeError(f"input {name!r} must hold numbers, got dtype {dtype}: {value!r} in row {row}") from None
+        return None
 
 
-def _check_numbers(name, array):
-    """Raises where a number is one that no model can use; nothing can be missing here."""
-    good = np.abs(array) <= cells.LARGEST
-    if not good.all():
-        row = int(np.argwhere(~good)[0][0])
-        value = array[tuple(np.argwhere(~good)[0])]
-        raise ValueError(f"input {name!r}, row {row}: {value} {cells.UNUSABLE}")
+def _number(name, value, row):
+    return number(value, "input", name, row)
+
+
+def _check_numbers(name, array, kind):
+    """Raises where a number, as the model's input rounds it, is one that no model can use; NaN is one here."""
+    with np.errstate(over="ignore"):
+        rounded = array if kind == "bfloat16" else array.astype(kind)
+    bad = cells.first_unusable(rounded)
+    if bad is not None:
+        raise ValueError(f"input {name!r}, row {bad[0]}: {array[bad]} {cells.UNUSABLE}")
 
 
 class ColumnEncoder:

@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 
 from deepfm_ops import arguments
-from deepfm_ops.features import cells
 from deepfm_ops.features.columns import DenseFeat, SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
 
 
@@ -79,7 +78,7 @@ def as_text(name, x):
     if x.dtype.is_integer:
         return tf.strings.as_string(x)
     text = f"input {name} must hold text or whole numbers, got {{}}: write fractions out as text"
-    is_whole = tf.equal(x, tf.round(x))
+    is_whole = tf.equal(x, tf.round(x)) & (tf.abs(x) < 2.0**63)  # NaN equals nothing
 
     def shown():
         flat, wrong = tf.reshape(x, [-1]), tf.reshape(tf.logical_not(is_whole), [-1])
@@ -233,6 +232,7 @@ class ColumnEncoder(keras.layers.Layer):
         weights = present
         if column.weight_name is not None:
             given = tf.reshape(tf.cast(inputs[column.weight_name], tf.float32), [-1, column.maxlen])
+            given = arguments.usable(column.weight_name, given)
             if column.weight_norm:
                 given = tf.nn.softmax(tf.where(mask, given, given.dtype.min))
             weights = tf.where(mask, given, 0.0)
@@ -274,15 +274,7 @@ def transformed(column, x):
     """
     x = tf.cast(x, tf.float32)
     x = x if column.transform_fn is None else tf.cast(column.transform_fn(x), tf.float32)
-    bad = tf.math.is_nan(x) | (tf.abs(x) > cells.LARGEST)
-
-    def shown():
-        first = tf.where(bad)[0]
-        return first[0], tf.gather_nd(x, first)
-
-    text = f"column {column.name}, row {{}}: {{}} {cells.UNUSABLE}"
-    with tf.control_dependencies(arguments.require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
-        return tf.identity(x)
+    return arguments.usable(column.name, x)
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")

@@ -5,8 +5,10 @@
 
 import bisect
 import json
+import operator
 import pathlib
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -99,13 +101,16 @@ class FeatureDictionary:
             TypeError: something that is no table, or values that cannot be categories or numbers.
 
         """
-        categorical, numeric, multivalued = map(_names, (categorical, numeric, multivalued))
+        kinds = {"categorical": categorical, "numeric": numeric, "multivalued": multivalued}
+        categorical, numeric, multivalued = (_names(kind, names) for kind, names in kinds.items())
         names = [*categorical, *numeric, *multivalued]
         if not names:
             raise ValueError("fit needs at least one column name")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"columns named more than once: {repeated}")
+        if separator is not None and not (isinstance(separator, str) and separator):
+            raise ValueError(f"separator must be text, or None for blanks, got {separator!r}")
         table = Table(df, names, record=False)
         if table.num_rows == 0:
             raise ValueError("cannot fit on a table without rows")
@@ -114,8 +119,9 @@ class FeatureDictionary:
             kinds, texts = set(), set()
             for value in table.cells(name):
                 if not cells.is_missing(value):
-                    texts.add(cells.category(value, name))
-                    kinds.add(cells.kind(value))
+                    text = cells.category(value, name)
+                    texts.add(text)
+                    kinds.add(cells.kind(value, text))
             fresh._add(name, "categorical", 1, cells.in_order(texts), _dtype(kinds))
         for name in numeric:
             self._numbers(table, name)
@@ -264,6 +270,7 @@ class FeatureDictionary:
             IndexError: an index outside [0, num_features).
 
         """
+        index = operator.index(index)
         if not 0 <= index < self.num_features:
             raise IndexError(f"index {index} is not in [0, {self.num_features})")
         if index == 0:
@@ -331,9 +338,13 @@ class FeatureDictionary:
             raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
 
 
-def _names(names):
+def _names(kind, names):
     """The names as a list; one name is a list of one."""
-    return [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str | int):
+        return [names]
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{kind} must be a name or a list of names, got {names!r}")
+    return list(names)
 
 
 def _dtype(kinds):
@@ -352,7 +363,7 @@ def _from_old(kind, values):
         text = cells.text(value)
         texts.append(None if text in seen else text)
         seen.add(text)
-    return "text" if kind == "multivalued" else _dtype({cells.kind(value) for value in values}), texts
+    return "text" if kind == "multivalued" else _dtype(set(map(cells.kind, values, map(cells.text, values)))), texts
 
 
 def _index(index_of, value):

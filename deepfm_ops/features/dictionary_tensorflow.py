@@ -47,18 +47,10 @@ class DictionaryEncoder(tf.Module):
         return tf.concat(indices, 1), tf.concat(values, 1)
 
     def _usable(self, name, x):
-        """The numbers, once none of them can make a loss NaN; see `cells.checked_numbers`."""
-        bad = tf.abs(x) > cells.LARGEST  # "not >" is no way to let NaN pass: TensorFlow makes "<=" of it
+        """The numbers, NaN where they are missing; see `cells.checked_numbers`."""
         if self.features.nonfinite == "missing":
-            return tf.where(bad, float("nan"), x)
-
-        def shown():
-            row = tf.argmax(tf.cast(bad, tf.int32))
-            return row, x[row]
-
-        text = f"column {name}, row {{}}: {{}} {cells.UNUSABLE}"
-        with tf.control_dependencies(arguments.require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
-            return tf.identity(x)
+            return tf.where(tf.abs(x) > cells.LARGEST, float("nan"), x)
+        return arguments.usable(name, x, allow_missing=True)
 
     def _multivalued(self, field, table, x):
         size = field["size"]

@@ -1,19 +1,18 @@
 """Whatever holds columns: pandas, polars and pyarrow tables, dicts of arrays or lists, one record.
 
 None of the libraries is imported here.
-
-A column is read as cells (Python objects), as numbers, or as lists of cells.
 """
 
 import collections.abc
 import decimal
+import re
 
 import numpy as np
 
 from deepfm_ops.features import cells
 
 NUMBERS = (int, float, np.number, np.bool_)
-NARROW = ("float32", "float16", "Float32", "float", "halffloat", "float[pyarrow]", "halffloat[pyarrow]", "bfloat16")
+PLAIN = frozenset([str, bytes, int, float, bool, type(None)])  # what most cells are
 
 
 class Table:
@@ -32,19 +31,14 @@ class Table:
 
     Raises:
         TypeError: something that holds no columns.
-        KeyError: a column that is missing.
+        KeyError: columns that are missing.
         ValueError: columns that are not equally long, or a name of several columns.
 
     """
 
     def __init__(self, source, names, lists=(), record=True, what="column"):
         self._what = what
-        names, known = list(names), column_names(source)
-        missing = [name for name in names if name not in known]
-        if missing and what == "input":
-            raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, known))}")
-        if missing:
-            raise KeyError(f"column {missing[0]!r} is missing; the table has {known}")
+        names = require_columns(source, names, what)
         self._columns = {name: _column(source, name) for name in names}
         if record and isinstance(source, collections.abc.Mapping):
             self._read_record(lists)
@@ -70,16 +64,24 @@ class Table:
             return int(column.dense_shape[0])
         if hasattr(column, "nrows"):  # tf.RaggedTensor
             return int(column.nrows())
-        if _is_plain(column) or isinstance(column, set | frozenset) or not hasattr(column, "__len__"):
+        no_order = isinstance(column, set | frozenset | collections.abc.Mapping)
+        if _is_plain(column) or no_order or not hasattr(column, "__len__"):
             raise ValueError(
                 f"{self._what} {name!r} must be a list or an array with an entry per row, got {type(column).__name__}"
+                + (" (of a DataFrame, pass itself, or to_dict('list'))" if isinstance(column, dict) else "")
             )
         return len(column)
 
     def array(self, name, lists=False):
-        """The column as an array of numbers of any shape, None where it has to be read cell by cell."""
+        """The column as an array of numbers of any shape; None where it has to be read cell by cell.
+
+        Args:
+            name: of the column.
+            lists: whether a list is one of lists that may be shorter.
+
+        """
         column = self._columns[name]
-        if _is_sparse(column) or hasattr(column, "nrows"):
+        if _is_sparse(column) or hasattr(column, "nrows") or isinstance(column, np.ma.MaskedArray):
             return None
         if isinstance(column, list | tuple) and (lists or not _all_numbers(column)):
             return None  # NumPy would make text of numbers among texts, each as long as the longest
@@ -89,56 +91,60 @@ class Table:
             return None
         return array if array.dtype.kind in "iufb" else None
 
-    def samples(self, name):
-        """The column as an iterable of Python objects, which may be lists of any kind."""
-        return _lists(self._columns[name])
+    def objects(self, name):
+        """The column as a list of Python objects: cells, or lists of cells."""
+        return objects(self._columns[name])
 
     def cells(self, name):
-        """The column as a list of Python objects, narrow floats as NumPy's, which know their own digits."""
-        return _cells(name, self._columns[name])
-
-    def numbers(self, name):
-        """The column as float64, NaN where a cell is missing, infinite where it holds no number of that size.
+        """The column as a list of cells; [B, 1] counts as [B].
 
         Raises:
-            TypeError: a cell that is no number, by row.
+            ValueError: an array of another shape.
 
         """
         column = self._columns[name]
-        if isinstance(column, list | tuple):
-            array = None
-        elif _is_flat(array := _array(column)) and array.dtype.kind in "iufb":
+        shape = getattr(column, "shape", None)
+        if shape is not None and not _is_sparse(column) and len(shape) > 1:
+            array = _array(column)
+            if array.size != len(array):
+                raise ValueError(f"{self._what} {name!r} must be one column of values, got shape {array.shape}")
+            column = array.reshape(-1)
+        return objects(column)
+
+    def numbers(self, name):
+        """The column as float64: NaN where a cell is missing, infinite where it is NaT or larger than float64 holds.
+
+        Raises:
+            TypeError: a cell that is no number, by row.
+            ValueError: an array of another shape.
+
+        """
+        array = self.array(name)
+        if array is not None and array.ndim >= 1 and array.size == len(array):
             return array.astype(np.float64).reshape(-1)
-        if array is not None and array.dtype.name == "bfloat16":
-            return array.astype(np.float64).reshape(-1)
-        found = _cells(name, column)
-        numbers = np.empty(len(found))
-        for row, cell in enumerate(found):
-            numbers[row] = _number(cell, name, row)
-        return numbers
+        found = self.cells(name)
+        return np.array([number(cell, self._what, name, row) for row, cell in enumerate(found)], np.float64)
 
     def entries(self, name, separator):
-        """The column as lists of categories: text is split at the separator, missing cells are left out.
+        """The column as lists of cells: text is split at the separator, missing cells are left out.
 
         Raises:
             TypeError: an entry that is neither a list nor text, by row.
 
         """
         found = []
-        for row, cell in enumerate(_lists(self._columns[name])):
+        for row, cell in enumerate(self.objects(name)):
             if isinstance(cell, bytes):
                 cell = cells.category(cell, name)
             if isinstance(cell, str):
-                cell = [value for value in cell.split(separator) if value]
-            elif hasattr(cell, "tolist"):  # NumPy's arrays, and pandas's
-                cell = cell.tolist()
-            elif hasattr(cell, "to_list"):
-                cell = cell.to_list()
-            if not isinstance(cell, list | tuple | set | frozenset):
+                entry = [value for value in cell.split(separator) if value]
+            else:
+                entry = flat(cell)
+            if entry is None:
                 if not cells.is_missing(cell):
                     raise TypeError(f"column {name!r}: an entry must be a list or a string, got {cell!r} in row {row}")
-                cell = []
-            found.append([value for value in cell if not cells.is_missing(value)])
+                entry = []
+            found.append([value for value in entry if not cells.is_missing(value)])
         return found
 
 
@@ -162,7 +168,19 @@ def column_names(source):
     raise TypeError(
         "a table must be a pandas or polars DataFrame, a pyarrow Table, or a dict of columns, "
         f"got {type(source).__name__}"
+        + ("; of records, pass pandas.DataFrame(records)" if isinstance(source, list) else "")
     )
+
+
+def require_columns(source, names, what="column"):
+    """The names as a list, once the table is known to have them; else a KeyError, or a TypeError for no table."""
+    names, known = list(names), column_names(source)
+    missing = [name for name in names if name not in known]
+    if missing and what == "input":
+        raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, known))}")
+    if missing:
+        raise KeyError(f"column {missing[0]!r} is missing; the table has {known}")
+    return names
 
 
 def is_table(source):
@@ -174,6 +192,74 @@ def is_table(source):
     except TypeError:
         return False
     return True
+
+
+def objects(column):
+    """A column of any kind as a list of Python objects, cells or lists of cells.
+
+    Narrow floats and times stay NumPy's: they know their own digits, and would become something else.
+    """
+    if isinstance(column, list | tuple):
+        return list(column)
+    if _is_sparse(column):
+        rows = [[] for _ in range(int(column.dense_shape[0]))]
+        for (row, *_), value in zip(np.asarray(column.indices).tolist(), objects(column.values), strict=True):
+            rows[row].append(value)
+        return rows
+    if hasattr(column, "nrows"):  # tf.RaggedTensor
+        values, splits = objects(column.values), np.asarray(column.row_splits).tolist()
+        return [values[start:end] for start, end in zip(splits[:-1], splits[1:], strict=True)]
+    if isinstance(column, np.ma.MaskedArray):
+        masks = np.ma.getmaskarray(column).reshape(-1)
+        cells_of = [None if mask else cell for mask, cell in zip(masks, objects(column.data.reshape(-1)), strict=True)]
+        return cells_of if column.ndim == 1 else np.array(cells_of, object).reshape(column.shape).tolist()
+    if hasattr(column, "to_pylist") or hasattr(column, "to_list"):
+        found = column.to_pylist() if hasattr(column, "to_pylist") else column.to_list()
+        narrow = _narrow_type(column)
+        return found if narrow is None else _as_narrow(found, narrow)
+    array = _array(column)
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    if array.dtype.kind in "mM" or (array.dtype.kind == "f" and array.itemsize < 8):
+        return list(array) if array.ndim <= 1 else [objects(row) for row in array]
+    return array.tolist()
+
+
+def flat(cell):
+    """The cells of a list of any kind and depth; None for a cell."""
+    if type(cell) in PLAIN or isinstance(cell, np.generic | collections.abc.Mapping):
+        return None
+    if not isinstance(cell, list | tuple | set | frozenset):
+        if not (hasattr(cell, "to_list") or hasattr(cell, "to_pylist") or getattr(cell, "ndim", 0)):
+            return None
+        cell = objects(cell)
+    found = []
+    for value in cell:
+        inner = flat(value)
+        if inner is None:
+            found.append(value)
+        else:
+            found += inner
+    return found
+
+
+def number(cell, what, name, row):
+    """A cell as a float: NaN where it is missing, infinite for NaT, which marks no missing number, and huge integers.
+
+    Raises TypeError for a cell that is no number, with its place.
+    """
+    is_time = type(cell).__name__ == "NaTType" or isinstance(cell, np.datetime64 | np.timedelta64)
+    if cells.is_missing(cell):
+        return np.inf if is_time else np.nan
+    try:
+        if not is_time and isinstance(cell, (str, bytes, decimal.Decimal, *NUMBERS)):
+            return float(cell)
+    except OverflowError:
+        return np.inf
+    except ValueError:
+        pass
+    dtype = f"dtype {np.asarray(cell).dtype}: " if what == "input" else ""
+    raise TypeError(f"{what} {name!r} must hold numbers, got {dtype}{cell!r} in row {row}")
 
 
 def _column(source, name):
@@ -207,50 +293,18 @@ def _array(column):
     return np.asarray(column)
 
 
-def _is_flat(array):
-    """Whether the array is [B], or [B, 1], which is the same to a column of cells."""
-    return array.ndim >= 1 and array.size == len(array)
+def _narrow_type(column):
+    """NumPy's type of the floats of less than 64 bits that a column of pandas, polars or pyarrow holds, or None."""
+    dtype = getattr(column, "dtype", None)
+    dtype = dtype if dtype is not None else getattr(column, "type", "")
+    dtype = getattr(getattr(dtype, "categories", None), "dtype", dtype)  # pandas's categories
+    if re.search(r"float16|halffloat", str(dtype), re.IGNORECASE):
+        return np.float16
+    # pyarrow calls float64 double.
+    return np.float32 if re.search(r"float32|\bfloat\b(?!64)", str(dtype), re.IGNORECASE) else None
 
 
-def _cells(name, column):
-    if isinstance(column, list | tuple):
-        return list(column)
-    dtype = str(getattr(column, "dtype", None) or getattr(column, "type", None))
-    if dtype in NARROW or not (hasattr(column, "to_pylist") or hasattr(column, "to_list")):
-        array = _array(column)
-        if array.ndim == 0 or not _is_flat(array):
-            raise ValueError(f"column {name!r} must be one column of values, got shape {array.shape}")
-        array = array.reshape(-1)
-        # Of narrow floats and of times NumPy's lists would hold something else.
-        return list(array) if array.dtype.kind in "fmMV" else array.tolist()
-    return column.to_pylist() if hasattr(column, "to_pylist") else column.to_list()
-
-
-def _lists(column):
-    """The column's cells, which may be lists of any kind."""
-    if _is_sparse(column):
-        rows = [[] for _ in range(int(column.dense_shape[0]))]
-        for (row, *_), value in zip(np.asarray(column.indices).tolist(), _array(column.values).tolist(), strict=True):
-            rows[row].append(value)
-        return rows
-    if str(getattr(column, "dtype", None)) in NARROW:
-        return _array(column)
-    if hasattr(column, "to_pylist"):
-        return column.to_pylist()
-    if hasattr(column, "to_list"):
-        return column.to_list()
-    return column.numpy() if hasattr(column, "numpy") else column
-
-
-def _number(cell, name, row):
-    if cells.is_missing(cell):
-        is_time = type(cell).__name__ == "NaTType" or isinstance(cell, np.datetime64 | np.timedelta64)
-        return np.inf if is_time else np.nan  # NaT is not the mark of a missing number
-    try:
-        if isinstance(cell, str | bytes | int | float | np.number | np.bool_ | decimal.Decimal):
-            return float(cell)
-    except OverflowError:
-        return np.inf
-    except ValueError:
-        pass
-    raise TypeError(f"column {name!r} must hold numbers, got {cell!r} in row {row}")
+def _as_narrow(values, narrow):
+    if isinstance(values, list | np.ndarray):
+        return [_as_narrow(value, narrow) for value in values]
+    return narrow(values) if isinstance(values, float) else values

@@ -28,6 +28,7 @@ def clonable(model_class):
         else:
             self._become_clone(*original, *args, **kwargs)
 
+    __init__.is_clonable = True
     model_class.__init__ = __init__
     return model_class
 
@@ -80,6 +81,11 @@ class ConfiguredModel(keras.Model):
 
         outputs = super()._run_through_graph(inputs, operation_fn=noted, call_fn=call_fn)
         if clones and isinstance(outputs, keras.KerasTensor):
+            if not getattr(type(self).__init__, "is_clonable", False):
+                raise ValueError(
+                    f"{type(self).__name__} has a constructor of its own, whose arguments a clone would lose: make "
+                    "another by type(model).from_config(model.get_config())"
+                )
             changed = [old.name for old, new in clones.items() if not _is_alike(old, new)]
             if changed or call_fn is not None:
                 what = f"clone_function changed {changed}" if changed else "call_function changed the model"
@@ -121,11 +127,13 @@ class ConfiguredModel(keras.Model):
         dense = self._dense_weights(column)
         if dense is not None:
             return dense
-        found = self._rows([part for part in self.plan.tables if _weights(part.source) is not None], column, value)
+        parts = [*self.plan.first_orders, *(part for part in self.plan.lookups if part.linear)]
+        found = self._rows(parts, column, value)
         if found is None:
             self._refuse(column, "first-order weight")
         source, rows = found
-        weights = keras.ops.convert_to_numpy(tf.gather(_weights(source).value, rows))[..., 0]
+        table = source.embeddings if source.w is None else source.w  # max pooling has a table of one column
+        weights = keras.ops.convert_to_numpy(tf.gather(table.value, rows))[..., 0]
         return weights if weights.ndim else float(weights)
 
     def _refuse(self, column, what):
@@ -140,13 +148,26 @@ class ConfiguredModel(keras.Model):
 
     # Keras asks these for arrays, or for something it can iterate over.
 
-    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        *args,
+        **kwargs,
+    ):
         if isinstance(validation_data, list | tuple):
             x_validation, y_validation, *rest = validation_data
             validation_data = (self._as_inputs(x_validation), self._targets(y_validation), *rest)
         else:
             validation_data = self._as_inputs(validation_data)
-        return super().fit(self._as_inputs(x), self._targets(y), *args, validation_data=validation_data, **kwargs)
+        before = (batch_size, epochs, verbose, callbacks, validation_split, validation_data)
+        return super().fit(self._as_inputs(x), self._targets(y), *before, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
@@ -169,22 +190,29 @@ class ConfiguredModel(keras.Model):
         return super().predict_on_batch(self._as_inputs(x))
 
     def _targets(self, y):
-        """The labels, once those that are arrays are known to be ones a loss can use; a list as an array."""
-        if y is not None and not tf.is_tensor(y):
-            check_labels(self.plan.task, y)
-        return np.asarray(y) if isinstance(y, list | tuple) else y
+        """The labels as the model's scores are, [B, 1]; arrays once they are known to be ones a loss can use."""
+        if y is None or tf.is_tensor(y):
+            return y
+        y = checked_labels(self.plan.task, y)
+        return y.reshape(-1, 1) if y.ndim == 1 else y
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Keras's loss; raises InvalidArgumentError for labels that `check_labels` refuses."""
-        if tf.is_tensor(y) and y.dtype.is_floating | y.dtype.is_integer:
+        """Keras's loss; raises InvalidArgumentError for labels and sample weights that make it NaN."""
+        y = _as_column(y)
+        if tf.is_tensor(y) and (y.dtype.is_floating or y.dtype.is_integer):
             y = self._checked_labels(y)
+        if tf.is_tensor(sample_weight) and sample_weight.dtype.is_floating:
+            sample_weight = arguments.usable("sample_weight", sample_weight, what="argument")
         return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Keras's metrics."""
+        return super().compute_metrics(x, _as_column(y), y_pred, sample_weight=sample_weight)
 
     def _checked_labels(self, y):
         flat = tf.reshape(y, [-1])
-        bad = (flat < 0) | (flat > 1) if self.plan.task == "binary" else tf.zeros_like(flat, tf.bool)
-        if y.dtype.is_floating:
-            bad |= tf.math.is_nan(flat) | tf.math.is_inf(flat)
+        (low, high), numbers = LABELS[self.plan.task], tf.cast(flat, tf.float64)
+        bad = (numbers < low) | (numbers > high) | tf.math.is_nan(numbers)
 
         def shown():
             row = tf.argmax(tf.cast(bad, tf.int32))
@@ -195,32 +223,42 @@ class ConfiguredModel(keras.Model):
             return tf.identity(y)
 
 
+# What labels are between: of regression, float32 holds the squares.
+LABELS = {"binary": (0.0, 1.0), "regression": (-(2.0**63), 2.0**63)}
 BAD_LABEL = {
     "binary": "labels[{}] = {} is not in [0, 1], as task 'binary' needs it: map -1 and +1 by (labels + 1) / 2, other "
     "numbers by a threshold (labels > 3), or use task 'regression'",
-    "regression": "labels[{}] = {} is not finite: drop the sample, or mend it",
+    "regression": "labels[{}] = {} is not finite, or too large to be squared: drop the sample, or mend it",
 }
 
 
-def check_labels(task, labels):
-    """Raises ValueError where a label is one that makes a loss NaN or senseless; TypeError where it is no number."""
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iufb":
+def checked_labels(task, labels):
+    """The labels as an array of numbers.
+
+    Raises:
+        ValueError: one that makes a loss NaN or senseless, by its position.
+        TypeError: labels that are no numbers.
+
+    """
+    array = np.asarray(labels)
+    if array.dtype.kind not in "iufb":
         try:
-            labels = labels.astype(np.float64)
+            array = None if array.dtype.kind in "mMS" else array.astype(np.float64)
         except (TypeError, ValueError):
-            raise TypeError(f"labels must be numbers, got dtype {labels.dtype}") from None
-    flat = labels.reshape(-1)
-    good = (flat >= 0) & (flat <= 1) if task == "binary" else np.isfinite(flat)
+            array = None
+        if array is None:
+            raise TypeError(f"labels must be numbers, got dtype {np.asarray(labels).dtype}")
+    (low, high), flat = LABELS[task], array.reshape(-1)
+    good = (flat >= low) & (flat <= high)
     if not good.all():
         first = int(np.argmin(good))
         raise ValueError(BAD_LABEL[task].format(first, flat[first]))
+    return array
 
 
-def _weights(source):
-    """The first-order weights [V, 1] of a lookup's source, or None: a table of one column is a first order too."""
-    is_first_order = getattr(source, "embedding_dim", None) == 1 and not source.use_linear
-    return source.embeddings if is_first_order else source.w
+def _as_column(y):
+    """Labels [B], or of a rank that a retraced function has forgotten, as the scores are: [B, 1]."""
+    return tf.reshape(y, (-1, 1)) if tf.is_tensor(y) and y.shape.rank != 2 else y
 
 
 def _is_alike(layer, clone):

@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -19,11 +20,11 @@ from deepfm_ops.features.columns import (
     input_specs,
     sequence_names,
 )
-from deepfm_ops.features.columns_numpy import raw_inputs
-from deepfm_ops.features.tables import column_names, is_table
+from deepfm_ops.features.columns_numpy import integer, raw_inputs
+from deepfm_ops.features.tables import is_table, require_columns
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable
-from deepfm_ops.models.parts import BiInteraction, Head, mlp, seed_for, with_changes
+from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, seed_for, with_changes
 from deepfm_ops.models.penalties import l2_regularizer, table_l2, weights_l2
 from deepfm_ops.plan import Lookup, Plan
 
@@ -166,39 +167,38 @@ class ColumnDeepFM(ConfiguredModel):
 
     def _as_inputs(self, x):
         """The inputs that the model needs, in its form, from whatever holds them; what Keras iterates over, mapped."""
+        if isinstance(x, list | tuple) and any(isinstance(part, Mapping) for part in x):
+            raise TypeError("inputs must be a table or a dict of columns; of records, pass pandas.DataFrame(records)")
         if isinstance(x, list | tuple):
             names = get_feature_names(self.plan.columns)
             if len(x) != len(names):
                 raise ValueError(f"inputs must be a dict, or a list in this order: {names}")
             return self._columns(dict(zip(names, x, strict=True)))
-        if is_table(x):
-            return self._columns(x)
         if isinstance(x, tf.data.Dataset):
-            return x.map(self._element)
+            return x.map(lambda *element: self._element(element))
         if isinstance(x, keras.utils.PyDataset):
             return _Mapped(x, self._element)
         if isinstance(x, types.GeneratorType):
-            return map_generator(x, self._element)
+            return (self._element(element) for element in x)
+        if is_table(x):
+            return self._columns(x)
+        if isinstance(x, np.ndarray) or _is_tensor(x):
+            raise TypeError(
+                f"inputs must be a table or a dict of {get_feature_names(self.plan.columns)}, got {type(x).__name__}"
+            )
         return x
 
-    def _element(self, *element):
-        """An element (inputs, labels, weights) of something iterable, its inputs in the model's form."""
-        if len(element) == 1 and isinstance(element[0], tuple):
+    def _element(self, element):
+        """A batch of something iterable, (inputs, labels, weights) or inputs, with its inputs in the model's form."""
+        if isinstance(element, tuple) and len(element) == 1 and isinstance(element[0], tuple):
             element = element[0]
-        x, *rest = element
-        if rest and rest[0] is not None:
-            y = rest[0] if tf.is_tensor(rest[0]) else np.asarray(rest[0])
-            rest[0] = y[:, np.newaxis] if len(y.shape) == 1 else y
-        x = self._as_inputs(x)
-        return (x, *rest) if rest else x
+        x, *rest = element if isinstance(element, tuple) else (element,)
+        return (self._as_inputs(x), *rest)
 
     def _columns(self, source):
         """{name: tensor, or array that Keras can slice} in the form that the model takes."""
-        known = column_names(source)
-        missing = [name for name in self.plan.inputs if name not in known]
-        if missing:
-            raise KeyError(f"inputs are missing {missing}; got {sorted(map(str, known))}")
         specs = self.plan.inputs
+        require_columns(source, specs, what="input")
         tensors = {name: source[name] for name in specs if _is_tensor(source[name])}
         others = {name: spec for name, spec in specs.items() if name not in tensors}
         sequences = sequence_names(self.plan.columns)
@@ -237,14 +237,6 @@ class ColumnDeepFM(ConfiguredModel):
     def _column_names(self):
         return [column.name for column in self.plan.columns]
 
-    def _targets(self, y):
-        """[B] as [B, 1], the shape of the predictions: some of Keras's metrics insist on it."""
-        y = super()._targets(y)
-        if y is None or tf.is_tensor(y):
-            return y
-        y = np.asarray(y)
-        return y.reshape(-1, 1) if y.ndim == 1 else y
-
 
 def _rows_of(column, start, value):
     """The rows of a column's values, or the row of one, in a table where they start at `start`."""
@@ -252,26 +244,18 @@ def _rows_of(column, start, value):
         return np.arange(start, start + column.dimension)
     if value is None:
         return np.arange(start, start + column.vocabulary_size)
-    text = cells.category(value, column.name)
-    encoder = encoding.ColumnEncoder([column])
     if column.vocabulary is None and not column.use_hash:
-        index = int(text) if text.lstrip("-").isdigit() else -1
-        if not 0 <= index < column.vocabulary_size:
+        index = integer(value)
+        if index is None or not 0 <= index < column.vocabulary_size:
             raise KeyError(f"column {column.name!r} has no value {value!r}; it has 0 to {column.vocabulary_size - 1}")
         return start + index
+    text, encoder = cells.category(value, column.name), encoding.ColumnEncoder([column])
     index = encoder.index(column, tf.constant([[text]]), isinstance(column, VarLenSparseFeat))
     return start + int(index[0, 0])
 
 
 def _is_tensor(x):
     return tf.is_tensor(x) or isinstance(x, keras.KerasTensor)
-
-
-def map_generator(generator, change):
-    """A generator of the elements, changed."""
-    for element in generator:
-        changed = change(element)
-        yield changed if isinstance(changed, tuple) else (changed,)
 
 
 class _Mapped(keras.utils.PyDataset):
@@ -286,8 +270,7 @@ class _Mapped(keras.utils.PyDataset):
         return self._dataset.num_batches
 
     def __getitem__(self, index):
-        changed = self._change(self._dataset[index])
-        return changed if isinstance(changed, tuple) else (changed,)
+        return self._change(self._dataset[index])
 
     def on_epoch_begin(self):
         self._dataset.on_epoch_begin()
@@ -344,7 +327,7 @@ def _pooled(embeddings, mask, columns, plan):
     if spans is None:
         return embeddings
     first_columns = [0, *itertools.accumulate(plan.field_sizes[:-1])]  # a max-pooled field is one column
-    return encoding.PoolMax(spans)((embeddings, keras.ops.take(mask, first_columns, axis=1)))
+    return encoding.PoolMax(spans)((embeddings, Fields(first_columns)(mask)))
 
 
 def _linear_tables(columns):
@@ -388,7 +371,7 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
                 **shared,
             )
             weights, _ = layer((indices, values))
-            parts.append(keras.ops.sum(_pooled(weights, mask, members, table), axis=1))
+            parts.append(Sum()(_pooled(weights, mask, members, table)))
         else:
             layer = FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)
             parts.append(layer((indices, values)))
@@ -470,9 +453,7 @@ def _second_order(embeddings, groups, fm_group, plan):
                 plan.second_order.append(tables[0])
                 continue
         if len(members) > 1:
-            chosen = [
-                keras.ops.take(embeddings[table][0], [f for t, f in members if t == table], axis=1) for table in tables
-            ]
+            chosen = [Fields([f for t, f in members if t == table])(embeddings[table][0]) for table in tables]
             tensor = keras.layers.Concatenate(axis=1)(chosen) if len(chosen) > 1 else chosen[0]
             parts.append(BiInteraction()(tensor))
             plan.second_order.append(members)

@@ -1,9 +1,12 @@
 """DeepFM over index and value matrices."""
 
+import copy
+
 import keras
 import numpy as np
 import tensorflow as tf
 
+from deepfm_ops import arguments
 from deepfm_ops.features import cells
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
@@ -168,14 +171,20 @@ class DeepFM(ConfiguredModel):
 
     def _as_inputs(self, x):
         """The inputs, once the values that are arrays are known to be ones a loss can use."""
-        if isinstance(x, list | tuple) and len(x) == 2 and not tf.is_tensor(x[1]):
-            check_values(x[1])
+        values = _values(x)
+        if values is not None and not tf.is_tensor(values):
+            check_values(values)
         return x
 
     def _checked(self, inputs):
-        if isinstance(inputs, list | tuple) and len(inputs) == 2:
-            check_integers("indices", inputs[0])
-        return inputs
+        values = _values(inputs)
+        if values is None or any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(inputs)):
+            return inputs
+        parts = dict(inputs) if isinstance(inputs, dict) else dict(zip(("indices", "values"), inputs, strict=True))
+        check_integers("indices", parts["indices"])
+        parts = {name: tf.convert_to_tensor(x) for name, x in parts.items()}
+        parts["values"] = arguments.usable("values", tf.cast(parts["values"], tf.float32), what="input")
+        return parts if isinstance(inputs, dict) else tuple(parts.values())
 
     @classmethod
     def from_features(cls, features, **arguments):
@@ -206,7 +215,8 @@ class DeepFM(ConfiguredModel):
 
     @features.setter
     def features(self, features):
-        self._features = None if features is None else fitting(self, features)
+        # A copy: another fit makes the caller's another dictionary, and this model's would be wrong.
+        self._features = None if features is None else copy.copy(fitting(self, features))
 
     def get_config(self):
         return {**super().get_config(), "features": None if self._features is None else self._features.to_config()}
@@ -233,14 +243,20 @@ class DeepFM(ConfiguredModel):
         return [field["name"] for field in self._features.fields]
 
 
+def _values(inputs):
+    """The values of (indices, values) or of {"indices", "values"}; None of anything else."""
+    if isinstance(inputs, dict):
+        return inputs.get("values") if "indices" in inputs else None
+    return inputs[1] if isinstance(inputs, list | tuple) and len(inputs) == 2 else None
+
+
 def check_values(values):
     """Raises ValueError where a value is one that makes a loss NaN."""
     values = np.asarray(values)
     if values.dtype.kind != "f" or values.ndim != 2:
         return
     for start in range(0, len(values), CHECKED_ROWS):
-        good = np.abs(values[start : start + CHECKED_ROWS]) <= cells.LARGEST
-        if not good.all():
-            row, column = np.argwhere(~good)[0]
-            value = values[start + row, column]
-            raise ValueError(f"values[{start + row},{column}] = {value} {cells.UNUSABLE}")
+        bad = cells.first_unusable(values[start : start + CHECKED_ROWS])
+        if bad is not None:
+            row, column = start + bad[0], bad[1]
+            raise ValueError(f"values[{row},{column}] = {values[row, column]} {cells.UNUSABLE}")

@@ -67,6 +67,44 @@ class BiInteraction(keras.layers.Layer):
         return (input_shape[0], 1)
 
 
+@keras.saving.register_keras_serializable("deepfm_ops")
+class Fields(keras.layers.Layer):
+    """Some of the fields of a tensor [B, F, ...], by position: [B, len(positions), ...].
+
+    A layer, as Keras cannot load its own operations from an .h5 file.
+    """
+
+    def __init__(self, positions, **kwargs):
+        super().__init__(**kwargs)
+        self.positions = [int(position) for position in positions]
+
+    def build(self, input_shape=None):
+        pass
+
+    def call(self, x):
+        return tf.gather(x, self.positions, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], len(self.positions), *input_shape[2:])
+
+    def get_config(self):
+        return {**super().get_config(), "positions": self.positions}
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class Sum(keras.layers.Layer):
+    """The sum over the fields of a tensor: [B, F, K] to [B, K]."""
+
+    def build(self, input_shape=None):
+        pass
+
+    def call(self, x):
+        return tf.reduce_sum(x, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], *input_shape[2:])
+
+
 def seed_for(seed, offset):
     """A seed per weight, so that no two weights start equal."""
     return None if seed is None else seed + offset

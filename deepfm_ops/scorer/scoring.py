@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from deepfm_ops.features import columns_numpy
+from deepfm_ops.features import cells, columns_numpy
 from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.features.tables import is_table
@@ -152,8 +152,13 @@ class Scorer:
             if values is not None or row_splits is not None or bag_splits is not None:
                 raise ValueError("raw features come alone, without values and splits")
             return model.score_raw(indices)
-        if model.inputs is not None:
-            raise ValueError(f"this model takes raw inputs: a dict of {list(model.inputs)}")
+        is_list = isinstance(indices, list) and len(indices) and isinstance(indices[0], dict)
+        if model.inputs is not None or is_list:
+            names = model.inputs if model.inputs is not None else model.info["kinds"]
+            raise ValueError(
+                f"this model takes raw inputs: a dict of {list(names)}, or a table; of records, pass "
+                "pandas.DataFrame(records)"
+            )
         indices = np.asarray(indices)
         if indices.dtype.kind not in "iu" and indices.size:
             raise TypeError(f"indices must be integers, got dtype {indices.dtype}")
@@ -172,6 +177,18 @@ class Scorer:
         if row_splits is not None and bag_splits is not None:
             raise ValueError("row_splits and bag_splits exclude each other")
         return model.score_ragged(indices, values, row_splits, bag_splits)
+
+
+def _check_values(values):
+    """Raises ValueError for a number that no model can score. One product says of nearly all that they are fine."""
+    if values is None:
+        return
+    flat = values.reshape(-1)
+    if flat.dot(flat) <= cells.LARGEST**2:  # not for NaN
+        return
+    bad = cells.first_unusable(values)
+    if bad is not None:
+        raise ValueError(f"values[{','.join(map(str, bad))}] = {values[bad]} {cells.UNUSABLE}")
 
 
 class _Lookup:
@@ -256,6 +273,7 @@ class _Model:
 
     def score_matrix(self, indices, values):
         columns = self.info["num_columns"]
+        _check_values(values)
         if indices.ndim != 2 or indices.shape[1] != columns:
             raise ValueError(f"indices must have shape [B, {columns}], got {indices.shape}")
         return self._scores([(indices, values, None)], {}, None)
@@ -281,6 +299,7 @@ class _Model:
         if splits.dtype.kind not in "iu":
             raise TypeError(f"splits must be integers, got dtype {splits.dtype}")
         splits = np.ascontiguousarray(splits, np.int64)
+        _check_values(values)
         fields = len((self.lookups or self.first_orders)[0].field_sizes)
         if row_splits is not None:
             if self.deep is not None or not self.plain_fields:
