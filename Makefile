@@ -16,7 +16,9 @@ BIN := .venv/bin
 TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := kernels scorer serve first_use wheel types# of the op and its fallback: tested once
+INDEPENDENT := op/test_kernels models/test_saving models/test_private_names serving/test_scorer serving/test_serve \
+  $(addprefix features/test_,dictionary values tables bad_input datasets) \
+  $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
 .PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean FORCE
 
@@ -41,7 +43,7 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
-	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 $(INDEPENDENT:%=--ignore=tests/test_%.py)
+	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 $(INDEPENDENT:%=--ignore=tests/%.py)
 
 # The library finds TensorFlow's in the process, which has imported it: no copy of them belongs into the wheel.
 wheel: setup

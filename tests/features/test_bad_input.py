@@ -119,7 +119,7 @@ def _places(tmp_path_factory):
     deepfm_ops.export_scorer(by_features, folder / "features")
     deepfm_ops.export_scorer(by_columns, folder / "columns")
     scorers = {name: Scorer.load(folder / name) for name in ("features", "columns")}
-    path = pathlib.Path(__file__).parents[1] / "examples" / "serve.py"
+    path = pathlib.Path(__file__).parents[2] / "examples" / "serve.py"
     spec = importlib.util.spec_from_file_location("serve", path)
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)

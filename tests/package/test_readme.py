@@ -8,7 +8,7 @@ import re
 import pytest
 from testing import run_python
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = {
     f"{page.name}, block {number}": block

@@ -20,7 +20,7 @@ import deepfm_ops
 from deepfm_ops import DeepFM, DenseFeat, FeatureDictionary, SparseFeat, VarLenSparseFeat, deepctr, scorer
 
 pytest.importorskip("deepfm_ops.kernels", reason="a pure-Python install has no kernels")
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 SWITCHES = ["--max-batch", "50", "--max-body", "60000", "--reload-seconds", "0.05"]
 
 

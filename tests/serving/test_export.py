@@ -20,7 +20,7 @@ from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, datasets, optim
 from deepfm_ops.features import cells
 from deepfm_ops.scorer import Scorer
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SERVE = """
 import sys
 import numpy as np, tensorflow as tf

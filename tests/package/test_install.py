@@ -16,7 +16,7 @@ import deepfm_ops
 from deepfm_ops import _library
 from deepfm_ops._version import REQUIREMENT, TENSORFLOW, supports
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SCORE = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s", level=logging.WARNING)
