@@ -45,7 +45,12 @@ class ConfiguredModel(keras.Model):
     _features = None
 
     def _finish(self, config, inputs, outputs, name, trainable, frozen, plan):
-        super().__init__(inputs=inputs, outputs=outputs, name=name)
+        try:
+            super().__init__(inputs=inputs, outputs=outputs, name=name)
+        except ValueError as error:
+            if "times in the model" in str(error):
+                raise ValueError(f"a column has the name of a layer of the model, so rename it: {error}") from error
+            raise
         self._config = config
         self.plan = plan
         self._index_inputs = [tensor.name for tensor in self.inputs if tensor.dtype == "int64"]

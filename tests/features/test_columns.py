@@ -246,6 +246,7 @@ def test_damaged_vocabulary(content, message, tmp_path):
         (lambda: ["user"], TypeError, "a feature column must be SparseFeat, DenseFeat or VarLenSparseFeat, got 'user'"),
         (lambda: [], ValueError, "needs at least one feature column"),
         (lambda: [SparseFeat("a", 3), DenseFeat("a")], ValueError, "input 'a' is needed as"),
+        (lambda: [SparseFeat("deep", 3)], ValueError, "a column has the name of a layer of the model, so rename it"),
         (
             lambda: [SparseFeat("a", 3, 4), SparseFeat("b", 3, 8)],
             ValueError,
