@@ -271,6 +271,8 @@ def _column(source, name):
 
 def _is_plain(value):
     """Whether a value is a cell: not a column, nor a list."""
+    if type(value) is list:  # what most columns of a request are
+        return False
     if isinstance(value, str | bytes | int | float | bool | np.generic | decimal.Decimal) or cells.is_missing(value):
         return True
     return getattr(value, "shape", None) == () or type(value).__name__ in ("Timestamp", "datetime", "date")
