@@ -311,15 +311,16 @@ class FeatureDictionary:
             raise ValueError(f"separator {loaded.separator!r} is no text")
         for field in content["fields"]:
             kind, size, values = field["kind"], field["size"], field["values"]
-            good = kind in KINDS and isinstance(values, list)
-            good = good and isinstance(size, int) and size >= 1 and (size == 1 or kind == "multivalued")
-            good = good and field["start"] == loaded.num_features
-            dtype, texts = _from_old(kind, values) if is_old and good else (None if is_old else field["dtype"], values)
-            known = [text for text in texts if text is not None] if good else []
-            good = good and (is_old or all(isinstance(text, str) for text in known) or kind == "numeric")
-            good = good and len(set(values if is_old else known)) == len(values if is_old else known)
-            if not good:
+            if kind not in KINDS or not isinstance(values, list) or field["start"] != loaded.num_features:
                 raise ValueError(f"field {field['name']!r} does not fit")
+            if not isinstance(size, int) or size < 1 or (size > 1 and kind != "multivalued"):
+                raise ValueError(f"field {field['name']!r} has size {size!r}")
+            known = [value for value in values if value is not None]
+            if len(set(known)) != len(known) or (is_old and known != values):
+                raise ValueError(f"field {field['name']!r} has a value twice")
+            dtype, texts = _from_old(kind, values) if is_old else (field["dtype"], values)
+            if kind != "numeric" and not all(isinstance(text, str | None) for text in texts):
+                raise ValueError(f"field {field['name']!r} has values that are no text")
             loaded._add(field["name"], kind, size, list(texts), dtype)
         return loaded
 
