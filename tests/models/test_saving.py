@@ -112,7 +112,7 @@ def _saved(tmp_path_factory):
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_loads_in_a_fresh_process(entrance, saved):
-    """What Keras saved, by a process that imported the package in whatever way: all of it in one, some in the others."""
+    """What Keras saved, however the package came in: all of it in one process, some in the others."""
     kinds = list(KINDS) if entrance == "package, then keras" else ["columns", "layers", "Ftrl"]
     code = f"""
 {ENTRANCES[entrance]}
