@@ -39,9 +39,6 @@ class _Later:
     def _class(self):
         return getattr(importlib.import_module(f"deepfm_ops.{HOME[self._name]}"), self._name)
 
-    def __call__(self, *args, **kwargs):
-        return self._class()(*args, **kwargs)
-
     def from_config(self, config):
         return self._class().from_config(config)
 
