@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import _library, arguments, ops
+from deepfm_ops import _library, arguments, ops, reference
+from deepfm_ops.features import counts
 
 
 def positive(name, number):
@@ -42,9 +43,11 @@ def _with_columns(indices, columns):
 
 
 class _SparseLayer(keras.layers.Layer):
-    """What the layers share: the backend, one interaction, no autocast of tables and values, no XLA."""
+    """What the layers share: the backend, one interaction, a prior that counts, no autocast, no XLA."""
 
-    def __init__(self, num_features, field_sizes=None, backend="auto", **kwargs):
+    def __init__(
+        self, num_features, field_sizes=None, backend="auto", feature_counts=None, num_samples=None, **kwargs
+    ):
         super().__init__(autocast=False, **kwargs)
         if backend not in _library.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_library.BACKENDS)}, got {backend!r}")
@@ -52,8 +55,48 @@ class _SparseLayer(keras.layers.Layer):
         self.field_sizes = None if field_sizes is None else [positive("a field size", size) for size in field_sizes]
         self.backend = backend
         self.supports_jit = False
+        self.num_samples = None if num_samples is None else positive("num_samples", num_samples)
+        self._counts = None if feature_counts is None else counts.checked(feature_counts, self.num_features)
+        self.feature_counts = self.samples_seen = None
 
-    def _interaction(self, table, inputs, output, return_embeddings=False, **options):
+    def build(self, input_shape=None):
+        if self._counts is None:
+            return
+        # Weights, as they belong to what was learned: a model that is trained further goes on counting.
+        self.feature_counts = self.add_weight(
+            name="feature_counts",
+            shape=(self.num_features,),
+            dtype="int32",
+            initializer=lambda shape, dtype: tf.constant(self._counts),
+            trainable=False,
+        )
+        self.samples_seen = self.add_weight(
+            name="samples_seen", shape=(), dtype="int64", initializer="zeros", trainable=False
+        )
+
+    def _add_table(self, name, columns, initializer, regularizer):
+        table = self.add_weight(
+            name=name,
+            shape=(self.num_features, columns),
+            initializer=initializer,
+            regularizer=regularizer,
+            autocast=False,
+        )
+        table.is_table = True  # `CombinedOptimizer` asks
+        return table
+
+    def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
+        if self.feature_counts is None:
+            return reference.Penalty(l2, l2_linear)
+        progress = 1.0
+        if self.num_samples is not None:
+            progress = tf.minimum(tf.cast(self.samples_seen.value / self.num_samples, tf.float32), 1.0)
+            if training:
+                self.samples_seen.assign_add(tf.cast(samples, tf.int64))
+        table = tf.convert_to_tensor(self.feature_counts.value)
+        return reference.Penalty(l2, l2_linear, _precision(prior), _precision(prior_linear), table, progress)
+
+    def _interaction(self, table, inputs, output, training, penalties, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)
         table, pairs = arguments.parse(table, indices, values, None, "vector")
         splits = ()
@@ -63,12 +106,14 @@ class _SparseLayer(keras.layers.Layer):
             splits = (0, *itertools.accumulate(self.field_sizes))
             pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
-        result, embeddings, linear, penalty = ops.interaction(
+        samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
+        result, embeddings, linear, silent = ops.interaction(
             table,
             pairs,
             output,
             field_splits=splits,
             return_embeddings=return_embeddings,
+            penalty=self._penalty(samples, training, *penalties),
             backend=self.backend,
             **options,
         )
@@ -76,8 +121,8 @@ class _SparseLayer(keras.layers.Layer):
             embeddings = tf.cast(embeddings, self.compute_dtype)
             if pairs.row_splits is not None:
                 embeddings = tf.RaggedTensor.from_row_splits(embeddings, pairs.row_splits)
-        if penalty is not None:
-            self.add_loss(penalty)
+        if silent is not None:
+            self.add_loss(silent)
         linear = None if linear is None else tf.cast(linear, self.compute_dtype)
         return tf.cast(result, self.compute_dtype), embeddings, linear
 
@@ -92,7 +137,19 @@ class _SparseLayer(keras.layers.Layer):
             "num_features": self.num_features,
             "field_sizes": self.field_sizes,
             "backend": self.backend,
+            "feature_counts": None if self._counts is None else counts.packed(self._counts),
+            "num_samples": self.num_samples,
         }
+
+
+def _deviation(name, deviation):
+    if deviation is not None and (not isinstance(deviation, int | float | np.number) or not 0 < deviation < np.inf):
+        raise ValueError(f"{name} must be a number above 0, or None, got {deviation!r}")
+    return None if deviation is None else float(deviation)
+
+
+def _precision(deviation):
+    return 0.0 if deviation is None else deviation**-2
 
 
 def _strength(name, strength):
@@ -112,6 +169,7 @@ class FirstOrder(_SparseLayer):
         weights_initializer, weights_regularizer: of w [V, 1]. A regularizer acts on all of w, so that its
             gradient is dense.
         l2: strength of a penalty on the rows that a batch uses, as for `FMInteraction`.
+        feature_counts, num_samples, prior: a prior on w, as for `FMInteraction`.
         backend: "auto", "native" or "reference".
 
     Call arguments:
@@ -123,24 +181,27 @@ class FirstOrder(_SparseLayer):
     """
 
     def __init__(
-        self, num_features, *, weights_initializer="zeros", weights_regularizer=None, l2=0.0, field_sizes=None, **kwargs
+        self,
+        num_features,
+        *,
+        weights_initializer="zeros",
+        weights_regularizer=None,
+        l2=0.0,
+        prior=None,
+        field_sizes=None,
+        **kwargs,
     ):
         super().__init__(num_features, field_sizes, **kwargs)
-        self.l2 = _strength("l2", l2)
+        self.l2, self.prior = _strength("l2", l2), _deviation("prior", prior)
         self.weights_initializer = keras.initializers.get(weights_initializer)
         self.weights_regularizer = keras.regularizers.get(weights_regularizer)
 
     def build(self, input_shape=None):
-        self.w = self.add_weight(
-            name="w",
-            shape=(self.num_features, 1),
-            initializer=self.weights_initializer,
-            regularizer=self.weights_regularizer,
-            autocast=False,
-        )
+        super().build(input_shape)
+        self.w = self._add_table("w", 1, self.weights_initializer, self.weights_regularizer)
 
-    def call(self, inputs):
-        return self._interaction(self.w, inputs, "sum", l2=self.l2)[0]
+    def call(self, inputs, training=False):
+        return self._interaction(self.w, inputs, "sum", training, (self.l2, 0.0, self.prior, None))[0]
 
     def compute_output_shape(self, input_shape):
         return (self._fields(input_shape)[0], 1)
@@ -151,6 +212,7 @@ class FirstOrder(_SparseLayer):
             "weights_initializer": keras.initializers.serialize(self.weights_initializer),
             "weights_regularizer": keras.regularizers.serialize(self.weights_regularizer),
             "l2": self.l2,
+            "prior": self.prior,
         }
 
 
@@ -177,6 +239,14 @@ class FMInteraction(_SparseLayer):
         l2, l2_linear: strengths of a penalty, l2 * sum of row^2 over the rows that a call uses, each once. It
             is among the layer's `losses` and leaves the gradient sparse; its value there is zero, only its
             gradient is that of the penalty.
+        feature_counts: int [V], how many pairs with a value other than zero each feature has in the training rows;
+            zero counts as one. They turn the priors on: every occurrence of a feature in a batch of B adds
+            row / (count * deviation^2 * B) to the row's gradient, so that a pass over the training rows is maximum a
+            posteriori with a normal prior of this deviation on every row, rare or frequent, where the loss is the mean
+            over the batch. Silent and sparse, as l2 is.
+        num_samples: training rows that were counted: for the first of them the prior grows (`reference.Penalty` says
+            how), so that a single pass learns no less than without one. None: it has all its weight at once.
+        embedding_prior, linear_prior: deviations, of the table's elements and of w; None: no prior.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.
         backend: "auto" (the native op where it loads), "native" or "reference".
@@ -219,11 +289,15 @@ class FMInteraction(_SparseLayer):
         linear_apart=False,
         l2=0.0,
         l2_linear=0.0,
+        feature_counts=None,
+        num_samples=None,
+        embedding_prior=None,
+        linear_prior=None,
         field_sizes=None,
         backend="auto",
         **kwargs,
     ):
-        super().__init__(num_features, field_sizes, backend, **kwargs)
+        super().__init__(num_features, field_sizes, backend, feature_counts, num_samples, **kwargs)
         if output not in arguments.OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(arguments.OUTPUTS)}, got {output!r}")
         if linear_apart and not use_linear:
@@ -242,34 +316,28 @@ class FMInteraction(_SparseLayer):
         self.linear_initializer = keras.initializers.get(linear_initializer)
         self.linear_regularizer = keras.regularizers.get(linear_regularizer)
         self.l2, self.l2_linear = _strength("l2", l2), _strength("l2_linear", l2_linear)
+        self.embedding_prior = _deviation("embedding_prior", embedding_prior)
+        self.linear_prior = _deviation("linear_prior", linear_prior)
         self.w = None
 
     def build(self, input_shape=None):
-        self.embeddings = self.add_weight(
-            name="embeddings",
-            shape=(self.num_features, self.embedding_dim),
-            initializer=self.embeddings_initializer,
-            regularizer=self.embeddings_regularizer,
-            autocast=False,
+        super().build(input_shape)
+        columns = self.embedding_dim
+        self.embeddings = self._add_table(
+            "embeddings", columns, self.embeddings_initializer, self.embeddings_regularizer
         )
         if self.use_linear:
-            self.w = self.add_weight(
-                name="w",
-                shape=(self.num_features, 1),
-                initializer=self.linear_initializer,
-                regularizer=self.linear_regularizer,
-                autocast=False,
-            )
+            self.w = self._add_table("w", 1, self.linear_initializer, self.linear_regularizer)
 
-    def call(self, inputs):
+    def call(self, inputs, training=False):
         result, embeddings, linear = self._interaction(
             self.embeddings,
             inputs,
             self.output_kind,
+            training,
+            (self.l2, self.l2_linear, self.embedding_prior, self.linear_prior),
             self.return_embeddings,
             weights=None if self.w is None else self.w.value,
-            l2=self.l2,
-            l2_linear=self.l2_linear,
         )
         if self.use_linear and not self.linear_apart:
             result = result + linear
@@ -298,4 +366,6 @@ class FMInteraction(_SparseLayer):
             "linear_apart": self.linear_apart,
             "l2": self.l2,
             "l2_linear": self.l2_linear,
+            "embedding_prior": self.embedding_prior,
+            "linear_prior": self.linear_prior,
         }

@@ -8,6 +8,8 @@ from tensorflow.python.ops import resource_variable_ops
 
 from deepfm_ops import _library, arguments, reference
 
+STRENGTHS = reference.Penalty._fields[:4]
+
 try:
     _library.native_ops()
 except (RuntimeError, ValueError):  # said again, to whom it concerns, when the op is called
@@ -65,8 +67,7 @@ def interaction(
     field_splits=(),
     return_embeddings=False,
     weights=None,
-    l2=0.0,
-    l2_linear=0.0,
+    penalty=reference.Penalty(),
     backend="auto",
 ):
     """`reference.interaction`, natively where that can be had; embeddings are None unless asked for.
@@ -78,17 +79,16 @@ def interaction(
         field_splits: see `reference.interaction`.
         return_embeddings: also return them.
         weights: first-order weights [V, 1], a variable if the table is one; None: no first order.
-        l2: see `reference.interaction`.
-        l2_linear: likewise.
+        penalty: `reference.Penalty`.
         backend: "auto", "native" or "reference".
 
     """
     native = native_for(table, backend)
     if native is None:
-        result, embeddings, linear, penalty = reference.interaction(
-            table, pairs, output, field_splits, weights, l2, l2_linear, forward_only=_library.is_portable()
+        result, embeddings, linear, silent = reference.interaction(
+            table, pairs, output, field_splits, weights, penalty, forward_only=_library.is_portable()
         )
-        return result, embeddings if return_embeddings else None, linear, penalty
+        return result, embeddings if return_embeddings else None, linear, silent
     if isinstance(table, tf.Variable):
         # The handle, never the value: reading the value of a sparsely updated variable copies the table.
         # A tape watches variables that report an access.
@@ -100,14 +100,15 @@ def interaction(
     else:
         op, table_input, table_dtype = native.deepfm_ops_fm_interaction, table, {}
         weights_input = [] if weights is None else [weights]
-    result, _, embeddings, linear, penalty = op(
+    result, _, embeddings, linear, silent = op(
         table=table_input,
         indices=pairs.indices,
         values=[] if pairs.values is None else [pairs.values],
         row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
         weights=weights_input,
-        l2=l2,
-        l2_linear=l2_linear,
+        counts=[] if penalty.counts is None else [penalty.counts],
+        progress=[] if penalty.counts is None else [tf.cast(penalty.progress, tf.float32)],
+        **{name: getattr(penalty, name) for name in STRENGTHS},
         Tacc=arguments.accumulation_dtype(table.dtype),
         output=output,
         field_splits=list(field_splits),
@@ -115,8 +116,8 @@ def interaction(
         return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
         **table_dtype,
     )
-    linear, penalty = None if weights is None else linear, penalty if l2 or l2_linear else None
-    return result, embeddings if return_embeddings else None, linear, penalty
+    linear, silent = None if weights is None else linear, silent if penalty else None
+    return result, embeddings if return_embeddings else None, linear, silent
 
 
 def native_for(table, backend="auto"):
@@ -134,9 +135,9 @@ def _on_gpu(variable):
 
 
 def _split(op, inputs):
-    """The values, row_splits and weights of an op's inputs, each a list of none or one, and what follows them."""
+    """The lists of none or one among an op's inputs, from values to progress, and what follows them."""
     rest, parts = list(inputs[2:]), []
-    for name in ("num_values", "num_row_splits", "num_weights"):
+    for name in ("num_values", "num_row_splits", "num_weights", "num_counts", "num_counts"):
         count = op.get_attr(name)
         parts.append(rest[:count])
         rest = rest[count:]
@@ -158,7 +159,7 @@ def _values_needed(op, num_values):
 @tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
 def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, _ = _split(op, op.inputs)
+    values, row_splits, weights, counts, progress, _ = _split(op, op.inputs)
     pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
@@ -169,19 +170,22 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
         values=values,
         row_splits=row_splits,
         weights=weights,
+        counts=counts,
+        progress=progress,
         sums=op.outputs[1],
         embeddings=[op.outputs[2]] if pooled else [],
         d_interaction=d_interaction,
         d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
         d_linear=[d_linear] if weights else [],
         d_penalty=d_penalty,
-        **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
+        **{name: op.get_attr(name) for name in ("output", "field_splits", *STRENGTHS)},
         need_values=_values_needed(op, len(values)),
         **({"T": op.get_attr("T")} if is_resource else {}),
     )
     d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
     d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
-    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits)), *d_weights]
+    nones = [None] * len(counts + progress)
+    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits)), *d_weights, *nones]
 
 
 @tf.RegisterGradient("DeepfmOpsFmInteractionGrad")
@@ -193,7 +197,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     accounted for there.
     """
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, rest = _split(op, op.inputs)
+    values, row_splits, weights, counts, progress, rest = _split(op, op.inputs)
     num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
     d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings, the first order and the penalty
     dtype = op.get_attr("T")
@@ -204,13 +208,14 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
         rows = [tf.raw_ops.ResourceGather(resource=t, indices=unique, dtype=dtype) for t in tables]
     else:
         rows = [tf.gather(t, unique) for t in tables]
-    strengths = [op.get_attr("l2"), op.get_attr("l2_linear")]
+    pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
+    penalty = reference.Penalty(*(op.get_attr(name) for name in STRENGTHS), *counts, *progress)
+    factors = penalty.factors(pairs, unique, position, arguments.accumulation_dtype(dtype))
     with tf.GradientTape() as outer:
         outer.watch([*rows, *values, *d_outputs])
         with tf.GradientTape() as inner:
             inner.watch([*rows, *values])
             wide = [tf.gather(tf.cast(r, arguments.accumulation_dtype(dtype)), position) for r in rows]
-            pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
             result, embeddings, linear = reference.formula(
                 wide[0],
                 pairs,
@@ -218,7 +223,10 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                 op.get_attr("field_splits"),
                 wide[1] if weights else None,
             )
-            penalty = sum(tf.cast(l2, r.dtype) * tf.reduce_sum(r * r) for l2, r in zip(strengths, rows, strict=False))
+            penalty = sum(
+                tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r)
+                for factor, r in zip(factors, rows, strict=False)
+            )
             outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
             outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
         first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
@@ -230,7 +238,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     second = [tf.convert_to_tensor(g) for g in second]
     d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
     d_values = second[len(rows) : len(rows) + len(values)]
-    nones = [None] * (1 + num_embeddings)
+    nones = [None] * (len(counts + progress) + 1 + num_embeddings)
     return [
         d_table,
         None,

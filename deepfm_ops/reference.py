@@ -1,5 +1,7 @@
 """The interaction in plain TensorFlow: the fallback where there is no native library, and its oracle."""
 
+from typing import NamedTuple
+
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops
 
@@ -16,7 +18,43 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         return interaction(table, pairs, output)[0]
 
 
-def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_linear=0.0, forward_only=False):
+class Penalty(NamedTuple):
+    """What is added to the gradient of the rows of a batch: factor[u] * row[u], for each unique row u.
+
+        factor[u] = 2 * l2 + occurrences[u] * share(counts[u]) * prior / B
+        share(n) = 1/n * min(1, 1/n + progress)
+
+    Occurrences are pairs with a value other than zero. The second summand is the gradient of a normal prior of
+    precision `prior` under a loss that is the mean over the batch: over a pass that meets a feature n times, all of the
+    prior. While the first pass lasts, a row has met few of its n occurrences and has all of them to learn from:
+    1/n + progress is about the share that it has met, and the prior has no more weight than that.
+    """
+
+    l2: float = 0.0
+    l2_linear: float = 0.0  # of the first-order weights
+    prior: float = 0.0
+    prior_linear: float = 0.0
+    counts: tf.Tensor | None = None  # int32 [V]
+    progress: tf.Tensor | float = 1.0  # share of the first pass that is done
+
+    def __bool__(self):
+        return any(self[:4])
+
+    def factors(self, pairs, unique, position, dtype):
+        """[U, 1] or a number each, of the table's rows and of the weights'; dtype: that of sums."""
+        if self.counts is None:
+            return 2 * self.l2, 2 * self.l2_linear
+        present = tf.ones(tf.shape(position), dtype) if pairs.values is None else tf.cast(pairs.values != 0, dtype)
+        flat = tf.reshape(position, [-1])
+        occurrences = tf.math.unsorted_segment_sum(tf.reshape(present, [-1]), flat, tf.size(unique))
+        inverse = 1 / tf.maximum(tf.cast(tf.gather(self.counts, unique), dtype), 1)
+        share = occurrences * inverse * tf.minimum(tf.ones([], dtype), inverse + tf.cast(self.progress, dtype))
+        samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
+        per_sample = share[:, tf.newaxis] / tf.cast(samples, dtype)
+        return 2 * self.l2 + per_sample * self.prior, 2 * self.l2_linear + per_sample * self.prior_linear
+
+
+def interaction(table, pairs, output, field_splits=(), weights=None, penalty=Penalty(), forward_only=False):
     """What the native op computes: (interaction, embeddings, linear, penalty).
 
     Args:
@@ -26,16 +64,14 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
         field_splits: ints [F + 1] over the columns of dense indices: the columns of a field are summed.
             Empty: every pair is a field.
         weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
-        l2: strength of a penalty on the table's rows of the batch, each counted once.
-        l2_linear: likewise of the weights.
+        penalty: `Penalty`.
         forward_only: read a row where it occurs. Faster, but gradients would repeat rows, and there is no penalty.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
         embeddings: [B, F, K], or [nnz, K] with row_splits, same dtype.
         linear: the first order, [B, 1], same dtype; None without weights.
-        penalty: scalar, to be added to the loss: its gradient is that of l2 * sum of row^2 over the unique rows
-            of the batch (and likewise of the weights), its value is zero; None without strengths.
+        penalty: scalar, to be added to the loss: its gradient is the penalty's, its value is zero; None without one.
 
     """
     pairs = _checked(pairs, _num_rows(table))
@@ -48,11 +84,13 @@ def interaction(table, pairs, output, field_splits=(), weights=None, l2=0.0, l2_
     position = tf.reshape(tf.searchsorted(unique, flat), tf.shape(pairs.indices))
     rows = _rows(table, unique)
     weight_rows = None if weights is None else _rows(weights, unique)
-    penalty = None
-    if l2 or l2_linear:
-        penalty = _silent_penalty(rows, l2) + (0 if weights is None else _silent_penalty(weight_rows, l2_linear))
+    silent = None
+    if penalty:
+        factor, factor_linear = penalty.factors(pairs, unique, position, rows.dtype)
+        silent = _silent_penalty(rows, factor)
+        silent += 0 if weights is None else _silent_penalty(weight_rows, factor_linear)
     weight_rows = None if weights is None else tf.gather(weight_rows, position)
-    return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows), penalty
+    return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows), silent
 
 
 def formula(rows, pairs, output, field_splits=(), weight_rows=None):
@@ -95,9 +133,9 @@ def _rows(table, indices):
     return tf.cast(rows, arguments.accumulation_dtype(rows.dtype))
 
 
-def _silent_penalty(rows, l2):
-    """Zero, with the gradient of l2 * sum of rows^2."""
-    silent = tf.custom_gradient(lambda x: (tf.zeros([], x.dtype), lambda g: g * tf.cast(2 * l2, x.dtype) * x))
+def _silent_penalty(rows, factor):
+    """Zero, with the gradient factor * rows."""
+    silent = tf.custom_gradient(lambda x: (tf.zeros([], x.dtype), lambda g: g * tf.cast(factor, x.dtype) * x))
     return silent(rows)
 
 

@@ -12,9 +12,11 @@
 //
 // Gradient, for g = d interaction and de = d embeddings:
 //   d[b,f,:] = de[b,f,:] + (g[b,:] for kSum, g[b] * (s[b,:] - e[b,f,:]) otherwise)
-//   rows[u,:] = 2 * l2 * table[unique[u], :]
+//   rows[u,:] = (2 * l2 + share[u] * prior) * table[unique[u], :]
 //               + sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
-//   weight_rows[u] = 2 * l2_linear * weights[unique[u]] + sum over the same p of  values[p] * d_linear[b]
+//   weight_rows[u] = (2 * l2_linear + share[u] * prior_linear) * weights[unique[u]]
+//               + sum over the same p of  values[p] * d_linear[b]
+//   share[u] = how many of these p have values[p] != 0, times  1/n * min(1, 1/n + progress),  n = counts[unique[u]]
 //   d_values[p] = < table[indices[p], :], d[field of p, :] > + weights[indices[p]] * d_linear[b]
 //
 // A kInt8 row, of the forward alone, is K + 6 bytes: scale, offset and first-order weight as bfloat16, then
@@ -77,6 +79,9 @@ struct GradientArgs {
   const void* weights = nullptr;        // T   [V], or null
   const void* d_linear = nullptr;       // Acc [B], with weights
   double l2 = 0, l2_linear = 0;         // strengths of a penalty on the rows of the batch
+  const int32_t* counts = nullptr;      // [V], of a prior that counts, or null
+  double prior = 0, prior_linear = 0;   // its strengths, with counts
+  double progress = 0;                  // of the first pass, with counts
   const RowGroups* groups = nullptr;    // of the pairs' indices
   void* rows = nullptr;                 // T   [U,K], or null
   void* weight_rows = nullptr;          // T   [U], with weights

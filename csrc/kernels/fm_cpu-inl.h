@@ -287,6 +287,14 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   return bad;
 }
 
+// What one occurrence of a feature carries of the prior; one that was never counted counts as one.
+template <typename A>
+static inline A PriorShare(int32_t count, A progress) {
+  const A inverse = A(1) / static_cast<A>(count > 0 ? count : 1);
+  const A seen = inverse + progress;
+  return seen < A(1) ? inverse * seen : inverse;
+}
+
 // One block of columns, groups [begin, end).
 template <typename T, int kVecs, bool kPartial>
 static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end, int64_t first,
@@ -306,7 +314,11 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
   const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
   const A* d_linear = static_cast<const A*>(a.d_linear);
   const A pull = static_cast<A>(2 * a.l2), pull_linear = static_cast<A>(2 * a.l2_linear);
-  const bool read_weights = weights && (d_values || pull_linear != 0);  // each is a cache line of its own
+  const int32_t* counts = a.counts;
+  const A prior = static_cast<A>(a.prior), prior_linear = static_cast<A>(a.prior_linear);
+  const A progress = static_cast<A>(a.progress);
+  // Each is a cache line of its own.
+  const bool read_weights = weights && (d_values || pull_linear != 0 || (counts && prior_linear != 0));
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
@@ -319,11 +331,12 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
       if (u + distance < end)
         PrefetchRow(reinterpret_cast<const char*>(table) + row_of[u + distance] * row_bytes, row_bytes);
       if (read_weights && u + distance < end) __builtin_prefetch(weights + row_of[u + distance]);
+      if (counts && u + distance < end) __builtin_prefetch(counts + row_of[u + distance]);
     }
     V row[kVecs], total[kVecs] = {};
     LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
     const A weight = read_weights ? LoadOne(weights + row_of[u]) : A(0);
-    A weight_total = 0;
+    A weight_total = 0, occurrences = 0;
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
       if (first == 0 && j + distance < stop) {
         const int64_t ahead = PositionOf(positions, j + distance);
@@ -341,6 +354,7 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
       const int64_t p = PositionOf(positions, j);
       const int64_t b = SampleOf(map, p);
       const A x = values ? values[p] : A(1);
+      if (x != 0) occurrences += 1;
       V d[kVecs];
       if (a.output == Output::kSum) {
         LoadBlock<kVecs, kPartial>(g + b * dim + first, tail, d);
@@ -380,12 +394,14 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) total[n] += d[n] * x;
     }
-    if (pull != 0) {
+    const A share = counts ? occurrences * PriorShare(counts[row_of[u]], progress) : A(0);
+    const A here = pull + share * prior, here_linear = pull_linear + share * prior_linear;
+    if (here != 0) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) total[n] += row[n] * pull;
+      for (int n = 0; n < kVecs; ++n) total[n] += row[n] * here;
     }
     if (rows) StoreBlock<kVecs, kPartial>(rows + u * dim, tail, total);
-    if (weights) StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * pull_linear);
+    if (weights) StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * here_linear);
   }
 }
 

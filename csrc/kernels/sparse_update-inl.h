@@ -11,6 +11,24 @@ static inline VecOf<T> GroupSum(const UpdateArgs& a, const int64_t* starts, cons
   return sum;
 }
 
+// What a row's move does to the lag of its average. A product that is rounded before it is subtracted, as everybody
+// computes who does not fuse the two: the asm keeps the compiler from doing so.
+template <typename V, typename A>
+static inline V LagAfter(V lag, V before, V after, A scale) {
+  V move = (after - before) * scale;
+#if defined(__AVX512F__)
+  asm("" : "+v"(move));
+#else
+  asm("" : "+x"(move));
+#endif
+  return lag - move;
+}
+
+template <typename A>
+static inline A LagScale(const UpdateArgs& a) {
+  return a.lag ? static_cast<const A*>(a.hyper)[ShapeOf(a.rule).hyper] : A(0);
+}
+
 // Calls fn(Int<partial>, first column, lanes) for each register of a row.
 template <typename T, typename Fn>
 static inline void ForRegisters(int64_t dim, const Fn& fn) {
@@ -26,29 +44,34 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, cons
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   constexpr int lanes = kLanes<T>, distance = 2 * lanes;
-  T* arrays[1 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  constexpr int most = 2 + kMostSlots;
+  T* arrays[most] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  arrays[1 + kSlots] = static_cast<T*>(a.lag);
+  const int count = a.lag ? 2 + kSlots : 1 + kSlots;
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
-  const A decay = static_cast<const A*>(a.hyper)[0];
+  const A decay = static_cast<const A*>(a.hyper)[0], lag_scale = LagScale<A>(a);
   for (int64_t u = begin; u < end; u += lanes) {
     const int n = static_cast<int>(Min(lanes, end - u));
-    A g[lanes] = {}, x[1 + kMostSlots][lanes] = {};
+    A g[lanes] = {}, x[most][lanes] = {};
     for (int l = 0; l < n; ++l) {
-      for (int i = 0; i <= kSlots; ++i) {
+      for (int i = 0; i < count; ++i) {
         if (u + l + distance < end) __builtin_prefetch(arrays[i] + row_of[u + l + distance]);
         x[i][l] = LoadOne(arrays[i] + row_of[u + l]);
       }
       g[l] = GroupSum<true, T>(a, starts, positions, u + l, 0, 1)[0];
     }
-    V v[1 + kMostSlots], gradient;
+    V v[most], gradient;
     __builtin_memcpy(&gradient, g, sizeof(gradient));
     __builtin_memcpy(v, x, sizeof(v));
+    const V before = v[0];
     if (decay != 0) v[0] -= v[0] * decay;
     step(gradient, v[0], v + 1);
+    if (a.lag) v[1 + kSlots] = LagAfter(v[1 + kSlots], before, v[0], lag_scale);
     __builtin_memcpy(x, v, sizeof(v));
     for (int l = 0; l < n; ++l)
-      for (int i = 0; i <= kSlots; ++i) StoreOne(arrays[i] + row_of[u + l], x[i][l]);
+      for (int i = 0; i < count; ++i) StoreOne(arrays[i] + row_of[u + l], x[i][l]);
   }
 }
 
@@ -58,17 +81,20 @@ static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const St
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   if (a.dim == 1) return UpdateElements<T, kSlots>(a, begin, end, step);
-  T* arrays[1 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  T* arrays[2 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  T* const lag = static_cast<T*>(a.lag);
+  arrays[1 + kSlots] = lag;
+  const int count = lag ? 2 + kSlots : 1 + kSlots;
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
-  const A decay = static_cast<const A*>(a.hyper)[0];
+  const A decay = static_cast<const A*>(a.hyper)[0], lag_scale = LagScale<A>(a);
   const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t distance = PrefetchDistance(row_bytes * (1 + kSlots));
+  const int64_t distance = PrefetchDistance(row_bytes * count);
   const int64_t stop = starts[end];
   for (int64_t u = begin; u < end; ++u) {
     if (u + distance < end) {
-      for (int i = 0; i <= kSlots; ++i)
+      for (int i = 0; i < count; ++i)
         PrefetchRow(reinterpret_cast<const char*>(arrays[i] + row_of[u + distance] * a.dim), row_bytes);
     }
     for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
@@ -79,8 +105,13 @@ static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const St
       const V g = GroupSum<kPartial, T>(a, starts, positions, u, c, tail);
       V v[1 + kMostSlots];
       for (int i = 0; i <= kSlots; ++i) v[i] = Load<kPartial>(arrays[i] + row + c, tail);
+      const V before = v[0];
       if (decay != 0) v[0] -= v[0] * decay;
       step(g, v[0], v + 1);
+      if (lag) {
+        const V late = LagAfter(Load<kPartial>(lag + row + c, tail), before, v[0], lag_scale);
+        Store<kPartial>(lag + row + c, late, tail);
+      }
       for (int i = 0; i <= kSlots; ++i) Store<kPartial>(arrays[i] + row + c, v[i], tail);
     });
   }
@@ -93,11 +124,12 @@ static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end
   typedef VecOf<T> V;
   T* table = static_cast<T*>(a.table);
   T* slot = static_cast<T*>(a.slots[0]);
+  T* lag = static_cast<T*>(a.lag);
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
   const A* hyper = static_cast<const A*>(a.hyper);
-  const A decay = hyper[0], rate = hyper[1], epsilon = hyper[2];
+  const A decay = hyper[0], rate = hyper[1], epsilon = hyper[2], lag_scale = LagScale<A>(a);
   const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
   const int64_t distance = PrefetchDistance(row_bytes);
   const int64_t stop = starts[end];
@@ -105,6 +137,7 @@ static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end
     if (u + distance < end) {
       PrefetchRow(reinterpret_cast<const char*>(table + row_of[u + distance] * a.dim), row_bytes);
       __builtin_prefetch(slot + row_of[u + distance]);
+      if (lag) PrefetchRow(reinterpret_cast<const char*>(lag + row_of[u + distance] * a.dim), row_bytes);
     }
     for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
       PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
@@ -119,8 +152,13 @@ static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       constexpr bool kPartial = decltype(partial)::value != 0;
       V p = Load<kPartial>(table + row_of[u] * a.dim + c, tail);
+      const V before = p;
       if (decay != 0) p -= p * decay;
       p -= GroupSum<kPartial, T>(a, starts, positions, u, c, tail) * scale;
+      if (lag) {
+        T* here = lag + row_of[u] * a.dim + c;
+        Store<kPartial>(here, LagAfter(Load<kPartial>(here, tail), before, p, lag_scale), tail);
+      }
       Store<kPartial>(table + row_of[u] * a.dim + c, p, tail);
     });
   }

@@ -11,6 +11,10 @@
 //   kFtrl            n = s0 + g^2;  s1 += g + 2 * shrinkage * table - (n^-power - s0^-power) / rate * table
 //                    s0 = n;  table = (clip(s1, -l1, l1) - s1) / (n^-power / rate + 2 * l2)
 // Rows are rounded to the table's type after the update; slots have the table's type too.
+//
+// With an exponential average of the rows, whose decay in step t is d_t and D_t = d_1 * ... * d_t:
+//   average = table + D_t * lag;  a step that moves a row by m does  lag -= m / D_(t-1)
+// which is average = d_t * average + (1 - d_t) * table, and leaves rows that do not move alone.
 #ifndef DEEPFM_KERNELS_SPARSE_UPDATE_H_
 #define DEEPFM_KERNELS_SPARSE_UPDATE_H_
 
@@ -20,10 +24,11 @@ namespace deepfm {
 
 enum class Rule { kSgd, kAdagrad, kRowWiseAdagrad, kLazyAdam, kFtrl };
 constexpr int kMostSlots = 2;
-constexpr int kMostHyper = 6;
+constexpr int kMostHyper = 7;
 
 // How many slots a rule has, and numbers: the decay, then those of the formula in the order
-// rate, epsilon; rate, one_minus_beta_1, one_minus_beta_2, epsilon; rate, power, l1, l2, shrinkage.
+// rate, epsilon; rate, one_minus_beta_1, one_minus_beta_2, epsilon; rate, power, l1, l2, shrinkage. With a lag,
+// 1 / D_(t-1) follows.
 struct RuleShape {
   int slots, hyper;
 };
@@ -38,8 +43,9 @@ struct UpdateArgs {
   int64_t dim = 0;                               // K
   void* table = nullptr;                         // T   [V,K]
   void* slots[kMostSlots] = {nullptr, nullptr};  // T   [V,K], or [V] (kRowWiseAdagrad)
+  void* lag = nullptr;                           // T   [V,K], float32 or float64, or null
   const void* gradient = nullptr;                // T   [n,K]
-  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper]
+  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag
   const RowGroups* groups = nullptr;             // of the n pairs' rows
 };
 

@@ -164,6 +164,13 @@ class FmKernel : public Kernel {
     return CheckShape("weights", weights->tensor(), {shape.num_rows, 1});
   }
 
+  static Status CheckCounts(const OpInputList& counts, const OpInputList& progress, const FmShape& shape) {
+    if (counts.size() == 0) return absl::OkStatus();
+    if (counts.size() > 1) return InvalidArgument("counts must be one tensor, got ", counts.size());
+    TF_RETURN_IF_ERROR(CheckShape("counts", counts[0], {shape.num_rows}));
+    return CheckShape("progress", progress[0], {});
+  }
+
   Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
     const Tensor& indices = ctx->input(1);
     OpInputList values, row_splits;
@@ -291,16 +298,20 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2", &l2_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2_linear", &l2_linear_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("prior", &prior_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("prior_linear", &prior_linear_));
   }
 
   void Run(OpKernelContext* ctx) override {
     Table table, weights;
     GradientArgs args;
-    OpInputList values, embeddings, d_embeddings, d_linear;
+    OpInputList values, embeddings, d_embeddings, d_linear, counts, progress;
     const Tensor *sums, *d_interaction, *d_penalty;
     OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
     OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
+    OP_REQUIRES_OK(ctx, ctx->input_list("counts", &counts));
+    OP_REQUIRES_OK(ctx, ctx->input_list("progress", &progress));
     OP_REQUIRES_OK(ctx, ctx->input("sums", &sums));
     OP_REQUIRES_OK(ctx, ctx->input_list("embeddings", &embeddings));
     OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
@@ -310,6 +321,7 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, CheckShape("d_penalty", *d_penalty, {}));
     const FmShape& shape = args.shape;
     OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
+    OP_REQUIRES_OK(ctx, CheckCounts(counts, progress, shape));
     OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
                 InvalidArgument("embeddings and d_embeddings must be one tensor each"));
     if (d_linear.size()) OP_REQUIRES_OK(ctx, CheckShape("d_linear", d_linear[0], {shape.num_samples, 1}));
@@ -347,6 +359,12 @@ class FmInteractionGradOp : public FmKernel {
         acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
     args.l2 = l2_ * scale;
     args.l2_linear = l2_linear_ * scale;
+    if (counts.size()) {
+      args.counts = counts[0].flat<int32_t>().data();
+      args.prior = prior_ * scale / shape.num_samples;
+      args.prior_linear = prior_linear_ * scale / shape.num_samples;
+      args.progress = progress[0].scalar<float>()();
+    }
     args.groups = &groups;
     args.rows = MutableData(rows);
     args.d_values = need_values_ ? MutableData(d_values) : nullptr;
@@ -355,7 +373,7 @@ class FmInteractionGradOp : public FmKernel {
 
  private:
   bool need_values_;
-  float l2_, l2_linear_;
+  float l2_, l2_linear_, prior_, prior_linear_;
 };
 
 // The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.
@@ -371,6 +389,9 @@ class FmInteractionGradOp : public FmKernel {
       .Attr("num_weights: int >= 0")               \
       .Attr("l2: float = 0")                       \
       .Attr("l2_linear: float = 0")                \
+      .Attr("num_counts: int >= 0 = 0")            \
+      .Attr("prior: float = 0")                    \
+      .Attr("prior_linear: float = 0")             \
       .Attr("output: {'sum', 'scalar', 'vector'}") \
       .Attr("field_splits: list(int) = []")
 
@@ -393,6 +414,8 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Input("values: num_values * Tvalues")                                                             \
       .Input("row_splits: num_row_splits * int64")                                                       \
       .Input("weights: num_weights * " table_type)                                                       \
+      .Input("counts: num_counts * int32")                                                               \
+      .Input("progress: num_counts * float")                                                             \
       .Output("interaction: Tacc")                                                                       \
       .Output("sums: Tacc")                                                                              \
       .Output("embeddings: Tacc")                                                                        \
@@ -408,6 +431,8 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Input("values: num_values * Tvalues")                                                             \
       .Input("row_splits: num_row_splits * int64")                                                       \
       .Input("weights: num_weights * " table_type)                                                       \
+      .Input("counts: num_counts * int32")                                                               \
+      .Input("progress: num_counts * float")                                                             \
       .Input("sums: Tacc")                                                                               \
       .Input("embeddings: num_embeddings * Tacc")                                                        \
       .Input("d_interaction: Tacc")                                                                      \

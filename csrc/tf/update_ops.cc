@@ -36,16 +36,21 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("rule", &rule));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_slots", &num_slots_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("num_lags", &num_lags_));
     OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
     rule_ = static_cast<Rule>(std::find(names, names + 5, rule) - names);
     OP_REQUIRES(ctx, num_slots_ == ShapeOf(rule_).slots,
                 InvalidArgument(rule, " has ", ShapeOf(rule_).slots, " slots, got ", num_slots_));
+    OP_REQUIRES(ctx, num_lags_ <= 1, InvalidArgument("lags must be one variable, got ", num_lags_));
+    OP_REQUIRES(ctx, num_lags_ == 0 || dtype_ == tensorflow::DT_FLOAT || dtype_ == tensorflow::DT_DOUBLE,
+                InvalidArgument("a lag must be float or double, got ", tensorflow::DataTypeString(dtype_)));
   }
 
   void Run(OpKernelContext* ctx) override {
-    RefCountPtr<Var> vars[1 + kMostSlots];
+    RefCountPtr<Var> vars[2 + kMostSlots];
+    const int num_vars = 1 + num_slots_ + num_lags_;
     std::vector<tensorflow::mutex*> mutexes;
-    for (int i = 0; i <= num_slots_; ++i) {
+    for (int i = 0; i < num_vars; ++i) {
       OP_REQUIRES_OK(ctx, tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, i), &vars[i]));
       mutexes.push_back(vars[i]->mu());
     }
@@ -55,11 +60,11 @@ class SparseUpdateOp : public Kernel {
     std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks;
     for (tensorflow::mutex* mutex : mutexes) locks.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
 
-    const Tensor& indices = ctx->input(1 + num_slots_);
-    const Tensor& gradient = ctx->input(2 + num_slots_);
-    const Tensor& hyper = ctx->input(3 + num_slots_);
-    for (int i = 0; i <= num_slots_; ++i) {
-      const char* name = i == 0 ? "table" : "a slot";
+    const Tensor& indices = ctx->input(num_vars);
+    const Tensor& gradient = ctx->input(num_vars + 1);
+    const Tensor& hyper = ctx->input(num_vars + 2);
+    for (int i = 0; i < num_vars; ++i) {
+      const char* name = i == 0 ? "table" : i <= num_slots_ ? "a slot" : "a lag";
       OP_REQUIRES(ctx, vars[i]->is_initialized, FailedPrecondition(name, " is a variable that was not initialized"));
       OP_REQUIRES(ctx, vars[i]->tensor()->dtype() == dtype_,
                   InvalidArgument(name, " holds ", tensorflow::DataTypeString(vars[i]->tensor()->dtype()),
@@ -74,15 +79,16 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES(
         ctx, gradient.shape() == want,
         InvalidArgument("gradient must have shape ", want.DebugString(), ", got ", gradient.shape().DebugString()));
-    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper}));
+    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_}));
     UpdateArgs args;
     args.rule = rule_;
     args.table_type = TableTypeOf(dtype_);
     args.dim = 1;
     for (int i = 1; i < shape.dims(); ++i) args.dim *= shape.dim_size(i);
-    for (int i = 1; i <= num_slots_; ++i) {
+    for (int i = 1; i < num_vars; ++i) {
       const Tensor& slot = *vars[i]->tensor();
-      const int64_t elements = rule_ == Rule::kRowWiseAdagrad ? shape.dim_size(0) : shape.num_elements();
+      const bool by_row = i <= num_slots_ && rule_ == Rule::kRowWiseAdagrad;
+      const int64_t elements = by_row ? shape.dim_size(0) : shape.num_elements();
       OP_REQUIRES(ctx, slot.NumElements() == elements,
                   InvalidArgument("a slot must have ", elements, " elements, got shape ", slot.shape().DebugString()));
     }
@@ -91,9 +97,10 @@ class SparseUpdateOp : public Kernel {
     const int64_t bad =
         groups.Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), shape.dim_size(0), pool);
     OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.dim_size(0)));
-    for (int i = 0; i <= num_slots_; ++i) OP_REQUIRES_OK(ctx, OwnBuffer(ctx, vars[i].get()));
+    for (int i = 0; i < num_vars; ++i) OP_REQUIRES_OK(ctx, OwnBuffer(ctx, vars[i].get()));
     args.table = MutableData(vars[0]->tensor());
     for (int i = 1; i <= num_slots_; ++i) args.slots[i - 1] = MutableData(vars[i]->tensor());
+    if (num_lags_) args.lag = MutableData(vars[num_vars - 1]->tensor());
     args.gradient = Data(gradient);
     args.hyper = Data(hyper);
     args.groups = &groups;
@@ -103,7 +110,7 @@ class SparseUpdateOp : public Kernel {
  private:
   Rule rule_;
   DataType dtype_;
-  int num_slots_;
+  int num_slots_, num_lags_;
 };
 
 REGISTER_OP("DeepfmOpsSparseUpdate")
@@ -112,8 +119,10 @@ REGISTER_OP("DeepfmOpsSparseUpdate")
     .Attr("Tindices: {int32, int64}")
     .Attr("rule: {'sgd', 'adagrad', 'row_wise_adagrad', 'lazy_adam', 'ftrl'}")
     .Attr("num_slots: int >= 0")
+    .Attr("num_lags: int >= 0")
     .Input("table: resource")
     .Input("slots: num_slots * resource")
+    .Input("lags: num_lags * resource")
     .Input("indices: Tindices")
     .Input("gradient: T")
     .Input("hyper: Tacc")

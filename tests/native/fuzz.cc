@@ -107,8 +107,12 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
                                          {decay, 0.5, 0.25, 0.125, 0.125},
                                          {decay, 0.5, power, 0.25, 0.125, 0.25}};
   const double* h = numbers[static_cast<int>(rule)];
-  Array<A> hyper(rule_shape.hyper, false);
+  Array<A> hyper(rule_shape.hyper + 1, false);
   for (int i = 0; i < rule_shape.hyper; ++i) hyper.data[i] = static_cast<A>(h[i]);
+  hyper.data[rule_shape.hyper] = 4;
+  const bool with_lag = sizeof(T) == sizeof(A) && Chance(50);
+  Array<T> lag(with_lag ? V * K : 0, true);
+  for (int64_t i = 0; i < lag.size; ++i) lag.data[i] = D::Make(0.5);
   UpdateArgs a;
   a.rule = rule;
   a.table_type = D::kType;
@@ -117,6 +121,7 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
   for (int i = 0; i < rule_shape.slots; ++i) a.slots[i] = state[i + 1].data.data();
   a.gradient = gradient.data.data();
   a.hyper = hyper.data.data();
+  a.lag = with_lag ? lag.data.data() : nullptr;
   a.groups = &groups;
   SparseUpdate(a, parallel);
   std::vector<double> g(V * K), squares(V);
@@ -127,6 +132,11 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
   }
   for (int64_t i = 0; i < V * K; ++i) squares[i / K] += g[i] * g[i] / static_cast<double>(K);
   for (const Array<T>& array : state) EXPECT(array.Intact(), "V=%ld K=%ld", long(V), long(K));
+  EXPECT(lag.Intact(), "V=%ld K=%ld", long(V), long(K));
+  for (int64_t i = 0; i < lag.size; ++i) {
+    const double want = 0.5 - 4 * (D::Read(state[0].data[i]) - D::Read(before[0].data[i]));
+    EXPECT(std::fabs(D::Read(lag.data[i]) - want) <= 1e-6 * (1 + std::fabs(want)), "lag %ld", long(i));
+  }
   for (int64_t i = 0; i < V * K; ++i) {
     const int64_t slot = row_wise ? i / K : i;
     double x = D::Read(before[0].data[i]), s0 = 0, s1 = 0;
@@ -318,6 +328,14 @@ void Case(const char* where, const Parallel& parallel) {
   a.weight_rows = weight_rows.data.data();
   a.l2 = Chance(50) ? 0 : 0.5;
   a.l2_linear = Chance(50) ? 0 : 0.25;
+  Array<int32_t> counts(Chance(50) ? V : 0, false);
+  for (int32_t& x : counts.data) x = static_cast<int32_t>(Uniform(0, 9));
+  if (counts.size) {
+    a.counts = counts.data.data();
+    a.prior = Chance(50) ? 0 : 0.75;
+    a.prior_linear = Chance(50) ? 0 : 0.5;
+    a.progress = Chance(50) ? 1 : 0.25;
+  }
   a.shape = shape;
   a.table_type = D::kType;
   a.output = output;
@@ -352,18 +370,23 @@ void Case(const char* where, const Parallel& parallel) {
     }
     if (with_dx) EXPECT(close(dx.data[p], dot, 4), "d_values %ld", long(p));
   }
+  std::vector<double> share(V);
+  for (int64_t p = 0; p < n && counts.size; ++p) {
+    const double inverse = 1.0 / std::max(1, counts.data[indices.data[p]]);
+    if (!with_values || values.data[p] != 0) share[indices.data[p]] += inverse * std::min(1.0, inverse + a.progress);
+  }
   int64_t u = 0;
   for (int64_t v = 0; v < V; ++v) {
     if (!count[v]) continue;
     EXPECT(u < U && groups.rows()[u] == v && groups.starts()[u + 1] - groups.starts()[u] == count[v], "v=%ld", long(v));
     for (int64_t k = 0; k < K; ++k) {
       const double got = D::Read(rows.data[u * K + k]);
-      const double expected = want[v * K + k] + 2 * a.l2 * D::Read(table.data[v * K + k]);
+      const double expected = want[v * K + k] + (2 * a.l2 + share[v] * a.prior) * D::Read(table.data[v * K + k]);
       EXPECT(std::fabs(got - expected) <= eps * scale * 4 * count[v] + D::kStored * std::fabs(expected),
              "row %ld k %ld: %g, %g", long(v), long(k), got, expected);
     }
     if (with_weights) {
-      const double expected = want_weights[v] + 2 * a.l2_linear * D::Read(weights.data[v]);
+      const double expected = want_weights[v] + (2 * a.l2_linear + share[v] * a.prior_linear) * D::Read(weights.data[v]);
       EXPECT(std::fabs(D::Read(weight_rows.data[u]) - expected) <=
                  eps * scale * 4 * count[v] + D::kStored * std::fabs(expected),
              "weight row %ld", long(v));

@@ -188,8 +188,16 @@ PAIRS = {
 def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
     """Against the definition, by autodiff of a dense lookup; the gradient of the gradient too."""
     start, start_w = rng.normal(size=(8, 5)), rng.normal(size=(8, 1))
-    indices, x = tf.constant(rng.integers(0, 8, (4, 6))), tf.constant(rng.normal(size=(4, 6)))
-    used = tf.constant(np.isin(np.arange(8), indices)[:, None].astype(float))
+    indices, x = rng.integers(0, 8, (4, 6)), rng.normal(size=(4, 6))
+    x[0, :3] = 0.0  # no occurrences
+    counts = np.array([3, 0, 7, 1, 2, 5, 1, 4])  # a zero counts as one
+    used = np.isin(np.arange(8), indices)[:, None]
+    occurrences = np.array([np.sum((indices == i) & ((x != 0) | (form == "ones"))) for i in range(8)])[:, None]
+    n = np.maximum(counts, 1)[:, None]
+    share = occurrences / n * np.minimum(1, 1 / n + 0.25)
+    samples = 3 if form == "ragged" else 4
+    strengths = [used * 2 * l2 + share * prior / samples for l2, prior in ((0.25, 0.75), (0.125, 0.5))]
+    indices, x = tf.constant(indices), tf.constant(x)
 
     def losses(backend):
         make = tf.Variable if kind == "variable" else tf.constant
@@ -200,7 +208,8 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
                 inner.watch([x] if kind == "variable" else [x, table, w])
                 pairs, splits = PAIRS[form](indices, x)
                 options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
-                options |= {"weights": w, "l2": 0.25, "l2_linear": 0.125}
+                penalty = reference.Penalty(0.25, 0.125, 0.75, 0.5, tf.constant(counts, tf.int32), 0.25)
+                options |= {"weights": w, "penalty": penalty}
                 if backend == "definition":
                     rows = tf.gather(tf.convert_to_tensor(table), pairs.indices)
                     weight_rows = tf.gather(tf.convert_to_tensor(w), pairs.indices)
@@ -210,7 +219,8 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
                 loss = tf.reduce_sum(tf.sin(y)) + tf.reduce_sum(tf.cos(e)) + tf.reduce_sum(tf.sin(2 * linear))
                 if backend == "definition":  # what the penalty's gradient is the gradient of
                     penalty = sum(
-                        l2 * tf.reduce_sum(used * tf.convert_to_tensor(t) ** 2) for t, l2 in ((table, 0.25), (w, 0.125))
+                        0.5 * tf.reduce_sum(factor * tf.convert_to_tensor(t) ** 2)
+                        for t, factor in zip((table, w), strengths, strict=True)
                     )
                 loss += 3 * penalty
             first = inner.gradient(loss, [table, w, x], unconnected_gradients="zero")
@@ -485,6 +495,8 @@ def test_raw_op_rejects_what_python_would_have_caught():
         "values": [],
         "row_splits": [],
         "weights": [],
+        "counts": [],
+        "progress": [],
     }
     good |= {"Tacc": tf.float32, "output": "scalar", "field_splits": [], "return_embeddings": False}
     assert native.deepfm_ops_fm_interaction(**good).interaction.shape == (1, 1)

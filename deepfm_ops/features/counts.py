@@ -1,0 +1,41 @@
+"""How often each feature occurs in the training rows. Imports neither TensorFlow nor Keras."""
+
+import base64
+import zlib
+
+import numpy as np
+
+MOST = np.iinfo(np.int32).max
+
+
+def occurrences(indices, values, num_features):
+    """How many pairs with a value other than zero each feature has, int64 [num_features]."""
+    return np.bincount(indices[values != 0], minlength=num_features)
+
+
+def checked(counts, num_features):
+    """Counts as int32 [num_features]; those beyond int32 are its largest number. From numbers, or from `packed`'s text.
+
+    Raises:
+        TypeError: counts that are no whole numbers.
+        ValueError: another length, or a negative one.
+
+    """
+    counts = unpacked(counts) if isinstance(counts, str) else np.asarray(counts)
+    if counts.dtype.kind not in "iu" and not (counts.dtype.kind == "f" and np.array_equal(counts, np.round(counts))):
+        raise TypeError(f"feature_counts must be whole numbers, got dtype {counts.dtype}")
+    if counts.shape != (num_features,):
+        raise ValueError(f"feature_counts must have shape ({num_features},), one per feature, got {counts.shape}")
+    if counts.size and counts.min() < 0:
+        first = int(np.argmax(counts < 0))
+        raise ValueError(f"feature_counts[{first}] = {counts[first]} is negative")
+    return np.minimum(counts, MOST).astype(np.int32)
+
+
+def packed(counts):
+    """Counts as text for a saved model's configuration."""
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(counts, "<i4").tobytes())).decode()
+
+
+def unpacked(text):
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4")
