@@ -60,13 +60,19 @@ class Checkpoint(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
         self.model.load_weights(checkpoints[-1] / WEIGHTS)
         self.epoch = state["epoch"]
+        order = getattr(self.model, "epoch_order", None)  # of a DeepFM that is trained on arrays
+        if order is not None and state.get("order_seed") is not None:
+            order.seed = state["order_seed"]
         self.model._initial_epoch = self.epoch  # where Keras's own callback puts it
 
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
 
     def _optimizer(self):
-        return type(self.model.optimizer).__name__
+        optimizer = self.model.optimizer
+        parts = [getattr(optimizer, name) for name in ("tables", "dense") if hasattr(optimizer, name)]
+        kinds = [type(part).__name__ for part in (optimizer, *parts)]
+        return " ".join(kinds) + (" with averages" if optimizer.use_ema else "")
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every:
@@ -75,7 +81,9 @@ class Checkpoint(keras.callbacks.Callback):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         self.model.save_weights(unfinished / WEIGHTS)
-        (unfinished / STATE).write_text(json.dumps({"epoch": epoch + 1, "optimizer": self._optimizer()}))
+        state = {"epoch": epoch + 1, "optimizer": self._optimizer()}
+        state["order_seed"] = getattr(getattr(self.model, "epoch_order", None), "seed", None)
+        (unfinished / STATE).write_text(json.dumps(state))
         for path in (unfinished / WEIGHTS, unfinished / STATE, unfinished):
             to_disk(path)
         os.replace(unfinished, self.folder / f"epoch-{epoch + 1:08d}")

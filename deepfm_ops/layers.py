@@ -57,7 +57,7 @@ class _SparseLayer(keras.layers.Layer):
         self.supports_jit = False
         self.num_samples = None if num_samples is None else positive("num_samples", num_samples)
         self._counts = None if feature_counts is None else counts.checked(feature_counts, self.num_features)
-        self.feature_counts = self.samples_seen = None
+        self.feature_counts = self.samples = None
 
     def build(self, input_shape=None):
         if self._counts is None:
@@ -70,9 +70,20 @@ class _SparseLayer(keras.layers.Layer):
             initializer=lambda shape, dtype: tf.constant(self._counts),
             trainable=False,
         )
-        self.samples_seen = self.add_weight(
-            name="samples_seen", shape=(), dtype="int64", initializer="zeros", trainable=False
+        self.samples = self.add_weight(
+            name="samples",  # seen in training, and counted (0: not known)
+            shape=(2,),
+            dtype="int64",
+            initializer=lambda shape, dtype: tf.constant([0, self.num_samples or 0], dtype),
+            trainable=False,
         )
+
+    def set_feature_counts(self, feature_counts, num_samples=None):
+        """Changes the counts of a layer that was made with some; see its arguments."""
+        if self.feature_counts is None:
+            raise ValueError(f"layer {self.name!r} was made without feature_counts")
+        self.feature_counts.assign(counts.checked(feature_counts, self.num_features))
+        self.samples.assign([int(self.samples[0]), num_samples or 0])
 
     def _add_table(self, name, columns, initializer, regularizer):
         table = self.add_weight(
@@ -88,11 +99,10 @@ class _SparseLayer(keras.layers.Layer):
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
         if self.feature_counts is None:
             return reference.Penalty(l2, l2_linear)
-        progress = 1.0
-        if self.num_samples is not None:
-            progress = tf.minimum(tf.cast(self.samples_seen.value / self.num_samples, tf.float32), 1.0)
-            if training:
-                self.samples_seen.assign_add(tf.cast(samples, tf.int64))
+        seen, counted = tf.unstack(tf.convert_to_tensor(self.samples.value))
+        progress = tf.where(seen < counted, tf.cast(seen / tf.maximum(counted, 1), tf.float32), 1.0)
+        if training:
+            self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
         table = tf.convert_to_tensor(self.feature_counts.value)
         return reference.Penalty(l2, l2_linear, _precision(prior), _precision(prior_linear), table, progress)
 

@@ -9,13 +9,17 @@ With sparse gradients, and as against Keras's optimizers:
 * clipping sees equal indices added up, so that the norm is that of the gradient;
 * XLA cannot compile the native op: `compile(..., jit_compile=False)` for a model without a layer of this package;
 * weight decay acts on the rows of the batch;
-* `gradient_accumulation_steps` and `use_ema` keep a second whole table, which is rewritten at every step.
+* `use_ema` keeps exponential averages of the weights that cost the rows of the batch too, and what Keras does with them
+  is done better: see `averages`. The decay of step t is min(ema_momentum, (1 + t) / (10 + t)), as that of TensorFlow's
+  ExponentialMovingAverage with num_updates, so that short training has an average worth using;
+* `gradient_accumulation_steps` keeps a second whole table, which is rewritten at every step.
 """
 
 import keras
 import tensorflow as tf
 
 from deepfm_ops import arguments, ops
+from deepfm_ops.averages import Averaging
 
 
 def _added_up(slices):
@@ -35,7 +39,7 @@ def _added_up(slices):
     return tf.IndexedSlices(values, indices, slices.dense_shape)
 
 
-class _Sparse:
+class _Sparse(Averaging):
     """What the optimizers share; goes before a class of Keras's.
 
     A class below has, each in the native op's order:
@@ -73,6 +77,10 @@ class _Sparse:
         self._sparse_keys = {self._var_key(v) for v in sparse}
         super()._backend_apply_gradients(grads, trainable_variables)
 
+    def _moves_rows_only(self, gradient, variable):
+        dense = self.gradient_accumulation_steps or self._moves_absent_rows or variable.constraint is not None
+        return isinstance(gradient, tf.IndexedSlices) and not dense
+
     def _clip_gradients(self, grads):
         if not (self.clipnorm or self.clipvalue or self.global_clipnorm):
             return grads
@@ -93,29 +101,39 @@ class _Sparse:
         decay = rate * self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
         hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate))]
         slots = [slot.value for slot in self._slots(variable)]
+        lags = []
+        if self.use_ema and self._moves_rows_only(gradient, self._trainable_variables[self._get_variable_index(variable)]):
+            lags = [self._lag_of(variable).value]
+            hyper.append(tf.cast(self._lag_scale, dtype))
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
         native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
         if native is None:
-            self._update_rows(gradient, value, slots, hyper)
+            self._update_rows(gradient, value, slots, lags, hyper)
             return
         native.deepfm_ops_sparse_update(
             table=value.handle,
             slots=[slot.handle for slot in slots],
+            lags=[lag.handle for lag in lags],
             indices=gradient.indices,
             gradient=gradient.values,
             hyper=tf.stack(hyper),
             rule=self._rule,
         )
 
-    def _update_rows(self, gradient, value, slots, hyper):
+    def _update_rows(self, gradient, value, slots, lags, hyper):
+        if lags:
+            *hyper, lag_scale = hyper
         gradient = _added_up(gradient)
         indices, dtype = gradient.indices, hyper[0].dtype
         p, *rows = [
             tf.ensure_shape(tf.cast(tf.gather(variable, indices), dtype), [None, *variable.shape[1:]])
             for variable in (value, *slots)
         ]
+        before = p
         p, rows = self._row_step(tf.cast(gradient.values, dtype), p - p * hyper[0], rows, hyper[1:])
-        for variable, new in zip((value, *slots), (p, *rows), strict=True):
+        for lag in lags:
+            rows.append(tf.gather(lag, indices) - (p - before) * lag_scale)
+        for variable, new in zip((value, *slots, *lags), (p, *rows), strict=True):
             variable.scatter_update(tf.IndexedSlices(tf.cast(new, variable.dtype), indices))
 
 
@@ -313,3 +331,118 @@ class Ftrl(_Sparse, keras.optimizers.Ftrl):
         powered = tf.pow(n, -power)
         linear = slots[1] + (g + 2 * shrinkage * p) - (powered - tf.pow(slots[0], -power)) / rate * p
         return (tf.clip_by_value(linear, -l1, l1) - linear) / (powered / rate + 2 * l2), [n, linear]
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class CombinedOptimizer(keras.optimizers.Optimizer):
+    """One optimizer for the tables of a model and another for its dense weights, in one `compile`.
+
+    Tables are the weights of `FMInteraction` and `FirstOrder`, and those of `keras.layers.Embedding`; each optimizer has
+    a learning rate or schedule, clipping and slots of its own, and is saved and resumed.
+
+    Args:
+        tables, dense: Keras optimizers, their names or configurations.
+        name: of this one.
+
+    Attributes:
+        learning_rate: that of `dense`. Setting it, as Keras's callbacks do, changes that of `tables` by the same factor.
+
+    Raises:
+        ValueError: averages (`use_ema`) in one of the two only, or in an optimizer that is not of this package.
+
+    Example:
+        >>> import keras
+        >>> from deepfm_ops import optimizers
+        >>> decay = keras.optimizers.schedules.CosineDecay(1e-3, 10_000)
+        >>> optimizer = optimizers.CombinedOptimizer(optimizers.RowWiseAdagrad(0.05), keras.optimizers.Adam(decay))
+
+    """
+
+    def __init__(self, tables, dense, name="combined_optimizer"):
+        super().__init__(learning_rate=0.0, name=name)
+        self.tables, self.dense = keras.optimizers.get(tables), keras.optimizers.get(dense)
+        self.use_ema = self.tables.use_ema
+        if self.tables.use_ema != self.dense.use_ema:
+            raise ValueError("use_ema must be the same of both optimizers, or averages would be of half a model")
+        for optimizer in (self.tables, self.dense):
+            if optimizer.use_ema and not isinstance(optimizer, Averaging):
+                raise ValueError(
+                    f"{type(optimizer).__name__} of Keras cannot show averages and go on from the raw weights: use one of "
+                    "deepfm_ops.optimizers (LazyAdam's dense step is Adam's)"
+                )
+
+    @property
+    def _parts(self):
+        return self.tables, self.dense
+
+    def _split(self, variables, *others):
+        """For each of the parts, the variables that are its, and what goes with them."""
+        groups = [], []
+        for items in zip(variables, *others, strict=True):
+            groups[0 if is_table(items[0]) else 1].append(items)
+        return [(part, *map(list, zip(*group, strict=True))) for part, group in zip(self._parts, groups, strict=True) if group]
+
+    def build(self, variables):
+        if self.built or not variables:  # Keras's loader of .h5 files builds with none
+            return
+        for part, mine in self._split(variables):
+            part.build(mine)
+        self._trainable_variables = list(variables)
+        self.built = True
+
+    def apply(self, grads, trainable_variables=None):
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        self.build(variables)
+        for part, mine, gradients in self._split(variables, grads):
+            part.apply(gradients, mine)
+
+    @property
+    def variables(self):
+        return [variable for part in self._parts for variable in part.variables]
+
+    @property
+    def iterations(self):
+        return self.dense.iterations
+
+    @property
+    def learning_rate(self):
+        return self.dense.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate):
+        if callable(rate):
+            raise TypeError("set a schedule in `tables` and `dense`: the two have rates of their own")
+        before = float(self.dense.learning_rate)
+        factor = float(rate) / before if before else None
+        self.tables.learning_rate = float(rate) if factor is None else float(self.tables.learning_rate) * factor
+        self.dense.learning_rate = float(rate)
+
+    @property
+    def averages_are_shown(self):
+        return self.use_ema and any(part.averages_are_shown for part in self._parts)
+
+    def show_averages(self):
+        """See `averages.Averaging`."""
+        for part in self._parts if self.use_ema else ():
+            part.show_averages()
+
+    def hide_averages(self):
+        """See `averages.Averaging`."""
+        for part in self._parts if self.use_ema else ():
+            part.hide_averages()
+
+    def finalize_variable_values(self, var_list):
+        for part in self._parts:
+            part.finalize_variable_values(var_list)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "tables": keras.optimizers.serialize(self.tables),
+            "dense": keras.optimizers.serialize(self.dense),
+        }
+
+
+def is_table(variable):
+    """Whether a weight is a table that is looked up, of this package's layers or of `keras.layers.Embedding`."""
+    return getattr(variable, "is_table", False) or variable.name == "embeddings"

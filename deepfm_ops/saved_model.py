@@ -35,6 +35,8 @@ def export(model, path, portable=True, *, features=None):
     """
     if not isinstance(model, keras.Model) or not model.built or not getattr(model, "inputs", None):
         raise TypeError(f"model must be a functional Keras model, got {type(model).__name__}")
+    if hasattr(model, "show_averages"):
+        model.show_averages()
     if len(model.outputs) != 1:
         raise ValueError(f"model must have one output, got {len(model.outputs)}")
     if dense := [x.name for x in model.inputs if getattr(x, "sparse", False) or getattr(x, "ragged", False)]:

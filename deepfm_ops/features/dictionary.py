@@ -4,6 +4,8 @@
 """
 
 import bisect
+import collections
+import itertools
 import json
 import operator
 import pathlib
@@ -13,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from deepfm_ops.features import cells
+from deepfm_ops.features import counts as counts_
 from deepfm_ops.features.tables import Table
 from deepfm_ops.files import replacing
 
@@ -52,6 +55,9 @@ class FeatureDictionary:
         field_sizes: columns of the matrices per field: 1, or the longest entry seen of a multivalued one.
         num_fields: number of fields, as `DeepFM(..., field_sizes=...)` counts them.
         num_columns: columns of the matrices, the sum of field_sizes.
+        counts: int64 [num_features], how often each feature occurs in what `fit` saw, with a value other than zero; index
+            0, which has none, is 0. None: the dictionary was saved by an older version.
+        num_samples: rows that `fit` saw; None likewise.
 
     """
 
@@ -67,6 +73,7 @@ class FeatureDictionary:
         self._index_of = {}  # {name of a field: {text: index}}, made when first needed
         self.num_features = 1
         self.separator = "|"
+        self.counts = self.num_samples = None
 
     @property
     def field_sizes(self):
@@ -115,22 +122,25 @@ class FeatureDictionary:
         if table.num_rows == 0:
             raise ValueError("cannot fit on a table without rows")
         fresh = FeatureDictionary()  # so that a column that fails leaves this dictionary as it was
+        fresh._counted = []
         for name in categorical:
-            kinds, texts = set(), set()
+            kinds, texts = set(), collections.Counter()
             for value in table.cells(name):
                 if not cells.is_missing(value):
                     text = cells.category(value, name)
-                    texts.add(text)
+                    texts[text] += 1
                     kinds.add(cells.kind(value, text))
-            fresh._add(name, "categorical", 1, cells.in_order(texts), _dtype(kinds))
+            fresh._add_counted(name, "categorical", 1, texts, _dtype(kinds))
         for name in numeric:
-            self._numbers(table, name)
-            fresh._add(name, "numeric", 1, [name], None)
+            numbers = self._numbers(table, name)
+            present = int(np.count_nonzero(numbers[~np.isnan(numbers)]))
+            fresh._add_counted(name, "numeric", 1, {name: present}, None)
         for name in multivalued:
             entries = [[cells.category(x, name) for x in entry] for entry in table.entries(name, separator)]
-            texts = cells.in_order(set().union(*entries))
-            fresh._add(name, "multivalued", max(1, *map(len, entries)), texts, "text")
+            texts = collections.Counter(itertools.chain.from_iterable(entries))
+            fresh._add_counted(name, "multivalued", max(1, *map(len, entries)), texts, "text")
         self.fields, self.num_features, self.separator = fresh.fields, fresh.num_features, separator
+        self.counts, self.num_samples = np.concatenate([[0], *fresh._counted]), table.num_rows
         self._index_of = {}
         return self
 
@@ -141,6 +151,12 @@ class FeatureDictionary:
             known = enumerate(field["values"], field["start"])
             self._index_of[name] = {text: index for index, text in known if text is not None}
         return self._index_of[name]
+
+    def _add_counted(self, name, kind, size, counted, dtype):
+        """Adds a field of the values in {value: how often it occurs}."""
+        values = list(counted) if kind == "numeric" else cells.in_order(set(counted))
+        self._counted.append(np.array([counted[value] for value in values], np.int64))
+        self._add(name, kind, size, values, dtype)
 
     def _add(self, name, kind, size, values, dtype):
         start = self.num_features
@@ -297,6 +313,8 @@ class FeatureDictionary:
             "separator": self.separator,
             "nonfinite": self.nonfinite,
             "fields": self.fields,
+            "counts": None if self.counts is None else counts_.packed(np.minimum(self.counts, counts_.MOST)),
+            "num_samples": self.num_samples,
         }
 
     @classmethod
@@ -322,6 +340,9 @@ class FeatureDictionary:
             if kind != "numeric" and not all(isinstance(text, str | None) for text in texts):
                 raise ValueError(f"field {field['name']!r} has values that are no text")
             loaded._add(field["name"], kind, size, list(texts), dtype)
+        if content.get("counts") is not None:
+            loaded.counts = counts_.checked(content["counts"], loaded.num_features).astype(np.int64)
+            loaded.num_samples = operator.index(content["num_samples"])
         return loaded
 
     @classmethod

@@ -7,6 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments
+from deepfm_ops.models import epochs as epochs_
+from deepfm_ops.models import recipe
 
 # What Keras can change in a Dense layer of a finished model: its precision by `quantize`, its kernel by `enable_lora`.
 ADAPTED = ("dtype", "quantization_config", "lora_rank", "lora_alpha")
@@ -125,10 +127,12 @@ class ConfiguredModel(keras.Model):
         if found is None:
             self._refuse(column, "embedding")
         source, rows = found
+        self.show_averages()
         return keras.ops.convert_to_numpy(tf.gather(source.embeddings.value, rows))
 
     def weight(self, column, value=None):
         """The first-order weight of a value of a column, a float, or those of all its values, [n]; see `embedding`."""
+        self.show_averages()
         dense = self._dense_weights(column)
         if dense is not None:
             return dense
@@ -153,6 +157,27 @@ class ConfiguredModel(keras.Model):
 
     # Keras asks these for arrays, or for something it can iterate over.
 
+    def compile(self, optimizer=None, loss=None, *args, **kwargs):
+        """Keras's `compile`; what is not given is what is recommended.
+
+        Args:
+            optimizer: None: sparse Adam at 3e-3 for the tables, Adam at 5e-4 for the dense weights, averages of all
+                weights, and batches of 1,024 in `fit` on arrays.
+            loss: None: cross-entropy for task "binary", squared error for "regression".
+            *args: as Keras's.
+            **kwargs: as Keras's.
+
+        """
+        optimizer = recipe.optimizer() if optimizer is None else optimizer
+        loss = recipe.LOSS[self.plan.task] if loss is None else loss
+        super().compile(optimizer, loss, *args, **kwargs)
+
+    def compile_from_config(self, config):
+        """Keras's, which leaves a model alone whose `compile` is not its own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def fit(
         self,
         x=None,
@@ -163,16 +188,120 @@ class ConfiguredModel(keras.Model):
         callbacks=None,
         validation_split=0.0,
         validation_data=None,
-        *args,
-        **kwargs,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
     ):
+        """Keras's `fit`. Arrays come in a fresh order every epoch, one that follows from the global seed.
+
+        Where the optimizer keeps averages, they are validated and stopped on, and are the weights afterwards.
+        """
+        x, y = self._as_inputs(x), self._targets(y)
         if isinstance(validation_data, list | tuple):
             x_validation, y_validation, *rest = validation_data
             validation_data = (self._as_inputs(x_validation), self._targets(y_validation), *rest)
         else:
             validation_data = self._as_inputs(validation_data)
-        before = (batch_size, epochs, verbose, callbacks, validation_split, validation_data)
-        return super().fit(self._as_inputs(x), self._targets(y), *before, *args, **kwargs)
+        order = None
+        if (arrays := epochs_.arrays_of(x, y, sample_weight)) is not None:
+            batch_size = batch_size or recipe.batch_size(getattr(self, "optimizer", None))
+            self._before_arrays(arrays)
+            if shuffle is True:
+                if validation_split and validation_data is None:
+                    arrays, validation_data = epochs_.split(arrays, validation_split)
+                validation_batch_size = validation_batch_size or batch_size
+                order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch)
+                x, y, sample_weight, batch_size = order.dataset(), None, None, None
+                validation_split, shuffle = 0.0, False
+        self.epoch_order = order
+        history = super().fit(
+            x,
+            y,
+            batch_size,
+            epochs,
+            verbose,
+            epochs_.with_first(callbacks, epochs_.EpochCallback(order)),
+            validation_split,
+            validation_data,
+            shuffle,
+            class_weight,
+            sample_weight,
+            initial_epoch,
+            steps_per_epoch,
+            validation_steps,
+            validation_batch_size,
+            validation_freq,
+        )
+        self.show_averages()
+        return history
+
+    def _before_arrays(self, arrays):
+        """What a model wants to know of the arrays that it is trained on."""
+
+    # Weights are the raw ones while they are trained, and their averages, where an optimizer keeps some, wherever they
+    # are read.
+
+    def _averaging(self):
+        """The optimizer, if it keeps averages of the weights that can be shown, or None."""
+        optimizer = getattr(self, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that of a LossScaleOptimizer
+        return optimizer if getattr(optimizer, "use_ema", False) and hasattr(optimizer, "show_averages") else None
+
+    def show_averages(self):
+        """Makes the weights their averages, if the optimizer keeps some; `fit` goes on from the raw ones.
+
+        `fit`, `evaluate`, `predict`, `save` and the exports do it themselves.
+        """
+        if (optimizer := self._averaging()) is not None:
+            optimizer.show_averages()
+
+    def _hide_averages(self):
+        if (optimizer := self._averaging()) is not None:
+            optimizer.hide_averages()
+
+    def _first(self, prepare, name, make, force):
+        """Has Keras make a function that runs steps, and prepares the weights before each of its calls."""
+        before = getattr(self, name)
+        make(force)
+        function = getattr(self, name)
+        if function is not before and self._averaging() is not None:
+
+            def prepared(*args):
+                prepare()
+                return function(*args)
+
+            setattr(self, name, prepared)
+        return getattr(self, name)
+
+    def make_train_function(self, force=False):
+        return self._first(self._hide_averages, "train_function", super().make_train_function, force)
+
+    def make_test_function(self, force=False):
+        return self._first(self.show_averages, "test_function", super().make_test_function, force)
+
+    def make_predict_function(self, force=False):
+        return self._first(self.show_averages, "predict_function", super().make_predict_function, force)
+
+    def get_weights(self):
+        self.show_averages()
+        return super().get_weights()
+
+    def save(self, *args, **kwargs):
+        self.show_averages()
+        return super().save(*args, **kwargs)
+
+    def save_weights(self, *args, **kwargs):
+        self.show_averages()
+        return super().save_weights(*args, **kwargs)
+
+    def export(self, *args, **kwargs):
+        self.show_averages()
+        return super().export(*args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)

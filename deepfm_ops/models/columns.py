@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops.features import cells
+from deepfm_ops.features import cells, counts
 from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import (
     DEFAULT_GROUP_NAME,
@@ -23,10 +23,14 @@ from deepfm_ops.features.columns import (
 from deepfm_ops.features.columns_numpy import integer, raw_inputs
 from deepfm_ops.features.tables import is_table, require_columns
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+from deepfm_ops.models import recipe
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable
 from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, seed_for, with_changes
-from deepfm_ops.models.penalties import l2_regularizer, table_l2, weights_l2
+from deepfm_ops.models.penalties import Penalties, l2_regularizer
 from deepfm_ops.plan import Lookup, Plan
+
+
+COUNTED_ROWS = 1 << 16  # at a time
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -52,6 +56,9 @@ class ColumnDeepFM(ConfiguredModel):
         use_linear, use_fm, use_deep: which parts there are.
         l2_scope: what l2_reg_linear and l2_reg_embedding act on: "batch", or "table" for whole tables as in DeepCTR;
             see `DeepFM`.
+        count_features: have the first `fit`, on arrays, count them before it trains, which turns on the priors of
+            `FMInteraction`.
+        embedding_prior, linear_prior: their deviations; None: none on that part.
         backend: "auto", "native" or "reference".
 
     Call arguments:
@@ -86,6 +93,9 @@ class ColumnDeepFM(ConfiguredModel):
         use_fm=True,
         use_deep=True,
         l2_scope="batch",
+        count_features=False,
+        embedding_prior=recipe.EMBEDDING_PRIOR,
+        linear_prior=recipe.LINEAR_PRIOR,
         backend="auto",
         name=None,
         trainable=True,
@@ -123,6 +133,9 @@ class ColumnDeepFM(ConfiguredModel):
             "use_fm": use_fm,
             "use_deep": use_deep,
             "l2_scope": l2_scope,
+            "count_features": count_features,
+            "embedding_prior": embedding_prior,
+            "linear_prior": linear_prior,
             "backend": backend,
         }
         with DtypePolicy(dtype):
@@ -130,10 +143,11 @@ class ColumnDeepFM(ConfiguredModel):
             encode = _Encoders(inputs)
             plan = Plan(task, inputs={key: (shape, kinds[key]) for key, (shape, _) in specs.items()})
             plan.columns = list({id(column): column for column in (*linear, *dnn)}.values())
-            strengths = (l2_scope, l2_reg_embedding, l2_reg_linear)
+            strengths = (l2_scope, l2_reg_embedding, l2_reg_linear, embedding_prior, linear_prior)
+            penalties = Penalties(*strengths, counted_later=count_features).checked()
             fused = _fused(linear, dnn)
-            parts = _linear_parts(inputs, linear, fused, strengths, seed, backend, encode, plan, adapted or {})
-            embeddings, groups, first_orders = _embeddings(dnn, fused, strengths, seed, backend, encode, plan)
+            parts = _linear_parts(inputs, linear, fused, penalties, seed, backend, encode, plan, adapted or {})
+            embeddings, groups, first_orders = _embeddings(dnn, fused, penalties, seed, backend, encode, plan)
             parts += first_orders
             if use_fm:
                 parts += _second_order(embeddings, groups, fm_group, plan)
@@ -157,6 +171,23 @@ class ColumnDeepFM(ConfiguredModel):
             plan = plan.used()
             inputs = {name: inputs[name] for name in plan.inputs or ()}
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
+
+    def _before_arrays(self, arrays):
+        """Counts the features of the arrays, if that was asked for and has not been done."""
+        lookups = [*self.plan.first_orders, *self.plan.lookups] if self._config["count_features"] else []
+        lookups = [part for part in lookups if int(part.source.samples[1]) == 0]
+        x = arrays[0]
+        num_samples = len(next(iter(x.values())))
+        for number in {part.encoder for part in lookups}:
+            encoder = encoding.ColumnEncoder(self.plan.encoders[number])
+            total = np.zeros(encoder.plan.num_rows, np.int64)
+            for start in range(0, num_samples, COUNTED_ROWS):
+                part = {name: tf.constant(x[name][start : start + COUNTED_ROWS]) for name in x}
+                indices, values, _ = encoder(_needed(part, encoder.columns))
+                total += counts.occurrences(indices.numpy(), values.numpy(), len(total))
+            for part in lookups:
+                if part.encoder == number:
+                    part.source.set_feature_counts(total, num_samples)
 
     def _checked(self, inputs):
         inputs = self._as_inputs(inputs)
@@ -350,9 +381,8 @@ def _fused(linear, dnn):
     return fused
 
 
-def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan, changes):
+def _linear_parts(inputs, columns, fused, penalties, seed, backend, encode, plan, changes):
     """The first order: sparse columns with a weight per row, dense columns with a kernel."""
-    scope, _, l2 = strengths
     parts = []
     for number, ((_, trainable), members) in enumerate(_linear_tables(columns)):
         if number in fused.values():
@@ -367,13 +397,13 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
                 1,
                 return_embeddings=True,
                 embeddings_initializer="zeros",
-                **table_l2(scope, l2),
+                **penalties.over(table.num_rows).of_weights_in_a_table(),
                 **shared,
             )
             weights, _ = layer((indices, values))
             parts.append(Sum()(_pooled(weights, mask, members, table)))
         else:
-            layer = FirstOrder(table.num_rows, **weights_l2(scope, l2), **shared)
+            layer = FirstOrder(table.num_rows, **penalties.over(table.num_rows).of_weights(), **shared)
             parts.append(layer((indices, values)))
         plan.first_orders.append(Lookup(layer, table.field_sizes, True, encoder, _spans(members)))
     dense = [column for column in columns if isinstance(column, DenseFeat)]
@@ -385,7 +415,7 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
             1,
             use_bias=False,
             kernel_initializer=initializer,
-            kernel_regularizer=l2_regularizer(l2),
+            kernel_regularizer=l2_regularizer(penalties.l2_linear),
             name="linear_kernel",
         )
         plan.linear_kernel = with_changes(kernel, changes)
@@ -393,7 +423,7 @@ def _linear_parts(inputs, columns, fused, strengths, seed, backend, encode, plan
     return parts
 
 
-def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
+def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
     """The lookups.
 
     Returns:
@@ -401,7 +431,6 @@ def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
         first orders [B, 1] of the tables in `fused`.
 
     """
-    scope, l2, l2_linear = strengths
     found, groups, first_orders = [], {}, []
     for number, ((dim, trainable), members) in enumerate(_tables(columns, lambda column: column.embedding_dim)):
         initializer = keras.initializers.RandomNormal(stddev=0.0001, seed=seed_for(seed, number))
@@ -415,7 +444,7 @@ def _embeddings(columns, fused, strengths, seed, backend, encode, plan):
             linear_apart=use_linear,
             return_embeddings=True,
             embeddings_initializer=encoding.table_initializer(table, initializer),
-            **table_l2(scope, l2, l2_linear if use_linear else 0.0),
+            **penalties.over(table.num_rows).of_table(use_linear),
             field_sizes=table.field_sizes,
             backend=backend,
             trainable=trainable,

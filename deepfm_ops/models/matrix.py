@@ -7,13 +7,14 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments
-from deepfm_ops.features import cells
+from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
+from deepfm_ops.models import recipe
 from deepfm_ops.models.columns import ColumnDeepFM
 from deepfm_ops.models.parts import Head, mlp, seed_for
-from deepfm_ops.models.penalties import table_l2, weights_l2
+from deepfm_ops.models.penalties import Penalties
 from deepfm_ops.plan import Lookup, Plan
 
 CHECKED_ROWS = 1 << 16  # at a time
@@ -44,6 +45,11 @@ class DeepFM(ConfiguredModel):
         l2_scope: what the first two act on. "batch": the rows that a batch uses; each gets 2 * l2 * row added
             to its gradient, which stays sparse, and the reported loss does not hold the penalty. "table": whole
             tables at every step, as in Keras and DeepCTR; the gradient is then dense.
+        feature_counts: int [V], how many pairs with a value other than zero each feature has in the training rows
+            (`FeatureDictionary.counts`): they turn on a normal prior on every row of the table and on the first-order
+            weights, of which every occurrence in a batch carries 1/count; see `FMInteraction`. None: no prior.
+        num_samples: training rows that were counted; see there.
+        embedding_prior, linear_prior: deviations of the priors; None: none on that part.
         field_sizes: columns of the matrices per field, P in all; a field's columns are summed
             (`FeatureDictionary.field_sizes`). None: one each, P = F.
         features: the `FeatureDictionary` whose matrices the model takes, see `from_features`; it is saved with the
@@ -95,6 +101,10 @@ class DeepFM(ConfiguredModel):
         l2_embedding=0.0,
         l2_deep=0.0,
         l2_scope="batch",
+        feature_counts=None,
+        num_samples=None,
+        embedding_prior=recipe.EMBEDDING_PRIOR,
+        linear_prior=recipe.LINEAR_PRIOR,
         field_sizes=None,
         features=None,
         backend="auto",
@@ -111,6 +121,10 @@ class DeepFM(ConfiguredModel):
             raise ValueError(f"field_sizes must have num_fields = {num_fields} entries, got {len(field_sizes)}")
         if embeddings_initializer is None:
             embeddings_initializer = keras.initializers.RandomNormal(stddev=0.01, seed=seed_for(seed, 0))
+        if feature_counts is not None:
+            feature_counts = counts.checked(feature_counts, positive("num_features", num_features))
+        priors = (embedding_prior, linear_prior, feature_counts, num_samples)
+        penalties = Penalties(l2_scope, l2_embedding, l2_linear, *priors).checked()
         config = {
             "num_features": num_features,
             "num_fields": num_fields,
@@ -129,6 +143,10 @@ class DeepFM(ConfiguredModel):
             "l2_embedding": l2_embedding,
             "l2_deep": l2_deep,
             "l2_scope": l2_scope,
+            "feature_counts": None if feature_counts is None else counts.packed(feature_counts),
+            "num_samples": num_samples,
+            "embedding_prior": embedding_prior,
+            "linear_prior": linear_prior,
             "field_sizes": None if field_sizes is None else list(field_sizes),
             "backend": backend,
         }
@@ -149,7 +167,7 @@ class DeepFM(ConfiguredModel):
                     linear_apart=use_linear,
                     return_embeddings=True,
                     embeddings_initializer=embeddings_initializer,
-                    **table_l2(l2_scope, l2_embedding, l2_linear),
+                    **penalties.of_table(),
                     name="fm",
                     **shared,
                 )
@@ -158,7 +176,7 @@ class DeepFM(ConfiguredModel):
                 parts += [*linear, second_order] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
             else:
-                first_order = FirstOrder(num_features, **weights_l2(l2_scope, l2_linear), name="first_order", **shared)
+                first_order = FirstOrder(num_features, **penalties.of_weights(), name="first_order", **shared)
                 plan.first_orders.append(Lookup(first_order, sizes))
                 parts.append(first_order(inputs))
             if use_deep:
@@ -190,9 +208,13 @@ class DeepFM(ConfiguredModel):
     def from_features(cls, features, **arguments):
         """A DeepFM over the matrices of a FeatureDictionary, which is saved with it.
 
+        It is the one that is recommended (docs/learning.md): with the priors on, from the dictionary's counts, and an MLP
+        of 256-128; `compile()` without arguments, then, has the recommended optimizers.
+
         Args:
-            features: a fitted FeatureDictionary; sizes come from it.
-            **arguments: DeepFM's other arguments.
+            features: a fitted FeatureDictionary; sizes and counts come from it. One that an older version saved has no
+                counts, and the model no priors.
+            **arguments: DeepFM's arguments, instead of these.
 
         Example:
             >>> from deepfm_ops import FeatureDictionary
@@ -202,8 +224,9 @@ class DeepFM(ConfiguredModel):
             ((4,), (2, 4))
 
         """
-        sizes = {"field_sizes": features.field_sizes, "features": features}
-        return cls(features.num_features, features.num_fields, **{**sizes, **arguments})
+        known = {"field_sizes": features.field_sizes, "features": features, "hidden_units": recipe.HIDDEN_UNITS}
+        known |= {"feature_counts": features.counts, "num_samples": features.num_samples}
+        return cls(features.num_features, features.num_fields, **{**known, **arguments})
 
     # One signature, and one documentation: those of the model that it makes.
     from_columns = ColumnDeepFM

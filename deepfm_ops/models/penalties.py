@@ -1,10 +1,13 @@
-"""Where a model's L2 penalties act: on the rows of a batch, or on whole tables.
+"""What keeps the weights of a model small: L2 on the rows of a batch or on whole tables, and priors that count.
 
-"batch" is the `l2` of `FMInteraction` and `FirstOrder`, which the op adds to the gradient of the rows it names
-(`reference.interaction` says what it computes); "table" is a Keras regularizer.
+Those of a batch are arguments of `FMInteraction` and `FirstOrder`, and the op adds them to the gradient of the rows it
+names (`reference.Penalty` says what it computes); L2 on a table is a Keras regularizer.
 """
 
+from typing import NamedTuple
+
 import keras
+import numpy as np
 
 SCOPES = ("batch", "table")
 
@@ -13,16 +16,53 @@ def l2_regularizer(strength):
     return keras.regularizers.L2(strength) if strength else None
 
 
-def weights_l2(scope, strength):
-    """The arguments of a `FirstOrder` for an L2 penalty of this scope."""
-    if scope not in SCOPES:
-        raise ValueError(f"l2_scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    return {"l2": strength} if scope == "batch" else {"weights_regularizer": l2_regularizer(strength)}
+class Penalties(NamedTuple):
+    scope: str  # of the two l2
+    l2: float
+    l2_linear: float
+    embedding_prior: float | None = None  # deviations
+    linear_prior: float | None = None
+    counts: np.ndarray | None = None  # [V], or None: no priors
+    num_samples: int | None = None
+    counted_later: bool = False  # then there are counts, of zero as yet
 
+    def over(self, num_rows):
+        """Those of a table with so many rows."""
+        return self._replace(counts=np.zeros(num_rows, int)) if self.counted_later else self
 
-def table_l2(scope, strength, linear_strength=0.0):
-    """The arguments of an `FMInteraction`, likewise."""
-    weights_l2(scope, strength)
-    if scope == "batch":
-        return {"l2": strength, "l2_linear": linear_strength}
-    return {"embeddings_regularizer": l2_regularizer(strength), "linear_regularizer": l2_regularizer(linear_strength)}
+    def checked(self):
+        if self.scope not in SCOPES:
+            raise ValueError(f"l2_scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        for name in ("embedding_prior", "linear_prior"):
+            deviation = getattr(self, name)
+            if deviation is not None and not (isinstance(deviation, int | float | np.number) and 0 < deviation < np.inf):
+                raise ValueError(f"{name} must be a number above 0, or None, got {deviation!r}")
+        return self
+
+    def _counted(self, **priors):
+        if self.counts is None:
+            return {}
+        return {"feature_counts": self.counts, "num_samples": self.num_samples, **priors}
+
+    def of_weights(self):
+        """The arguments of a `FirstOrder`."""
+        counted = self._counted(prior=self.linear_prior)
+        if self.scope == "batch":
+            return {"l2": self.l2_linear, **counted}
+        return {"weights_regularizer": l2_regularizer(self.l2_linear), **counted}
+
+    def of_table(self, use_linear=True):
+        """The arguments of an `FMInteraction`."""
+        l2_linear = self.l2_linear if use_linear else 0.0
+        counted = self._counted(embedding_prior=self.embedding_prior, linear_prior=self.linear_prior)
+        if self.scope == "batch":
+            return {"l2": self.l2, "l2_linear": l2_linear, **counted}
+        regularizers = {
+            "embeddings_regularizer": l2_regularizer(self.l2),
+            "linear_regularizer": l2_regularizer(l2_linear),
+        }
+        return {**regularizers, **counted}
+
+    def of_weights_in_a_table(self):
+        """The arguments of an `FMInteraction` whose one column is the first order."""
+        return self._replace(l2=self.l2_linear, embedding_prior=self.linear_prior).of_table(use_linear=False)

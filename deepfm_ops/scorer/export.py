@@ -34,6 +34,7 @@ def export_scorer(model, path, table="float32", *, features=None):
     """
     if not isinstance(model, ConfiguredModel):
         raise TypeError(f"model must be a deepfm_ops.DeepFM, got {type(model).__name__}")
+    model.show_averages()
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     features = getattr(model, "features", None) if features is None else fitting(model, features)

@@ -147,7 +147,6 @@ def test_dense_gradients_are_updated_as_keras_does(name, rng):
         {"weight_decay": 0.1},
         {"loss_scale_factor": 8.0},
         {"gradient_accumulation_steps": 4},
-        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3},
         {"clipnorm": 0.5, "weight_decay": 0.1, "gradient_accumulation_steps": 2},
     ],
     ids=str,
@@ -155,8 +154,6 @@ def test_dense_gradients_are_updated_as_keras_does(name, rng):
 @pytest.mark.parametrize("name", ["SGD", "momentum", "Adagrad", "RowWiseAdagrad", "LazyAdam", "Ftrl"])
 @pytest.mark.parametrize("graph", [False, True])
 def test_keras_options(name, options, graph, rng):
-    if graph and "use_ema" in options:
-        return
     start = rng.normal(size=(6, 5)).astype("f")
 
     def result(optimizer, densify):
@@ -289,7 +286,7 @@ def test_native_op_validates():
     native = _library.native_ops("native")
     table, slot = tf.Variable(tf.ones((4, 2))), tf.Variable(tf.ones((4, 2)))
     good = {"table": table.handle, "slots": [slot.handle], "indices": tf.constant([1, 1]), "rule": "adagrad"}
-    good |= {"gradient": tf.ones((2, 2)), "hyper": tf.constant([0.0, 0.1, 1e-7])}
+    good |= {"lags": [], "gradient": tf.ones((2, 2)), "hyper": tf.constant([0.0, 0.1, 1e-7])}
     uninitialized = tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[4, 2], shared_name="not there")
     for change, message in [
         ({"indices": tf.constant([1, 4])}, r"indices\[1\] = 4 is not in \[0, 4\)"),
@@ -302,6 +299,8 @@ def test_native_op_validates():
         ({"slots": [table.handle]}, "must be different variables"),
         ({"slots": [tf.Variable(tf.ones((4, 3))).handle]}, "a slot must have 8 elements"),
         ({"table": uninitialized}, "not there|not exist"),
+        ({"lags": [slot.handle], "hyper": tf.zeros(4)}, "must be different variables"),
+        ({"lags": [tf.Variable(tf.ones((4, 2))).handle]}, "hyper must have shape"),
     ]:
         with pytest.raises(
             (tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.FailedPreconditionError), match=message

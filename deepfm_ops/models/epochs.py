@@ -1,0 +1,120 @@
+"""A fresh order of the samples in every epoch of `fit` on arrays.
+
+Keras (3.15) shuffles arrays in a tf.data map whose seed, once a global one is set, is the same in every iteration: all
+epochs then have one order. Here the order of an epoch is a permutation from (seed, epoch), which a checkpoint can go on
+with.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class EpochOrder:
+    """Batches of arrays in another order every epoch, without a copy of the arrays.
+
+    Args:
+        arrays: what `arrays_of` gave.
+        batch_size: samples of a batch, the last one of an epoch may have fewer; None: as Keras has it.
+        steps_per_epoch: or None.
+
+    Attributes:
+        seed: what the orders follow from, together with the epoch.
+
+    """
+
+    def __init__(self, arrays, batch_size, steps_per_epoch=None):
+        self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
+        self._epoch, self._pass, self._order = 0, 0, None
+        self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
+        self._length = len(self._arrays[0])
+        self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)
+
+    def begin(self, epoch):
+        self._epoch, self._pass = epoch, 0
+
+    def _shuffle(self):
+        """Draws the order of a pass that begins; an epoch of several passes has several orders."""
+        self._order = np.random.default_rng((self.seed, self._epoch, self._pass)).permutation(self._length)
+        self._pass += 1
+        return np.int64(0)
+
+    def _batch(self, start):
+        rows = self._order[start : start + self._batch_size]
+        taken = [np.take(array, rows, axis=0) for array in self._arrays]
+        return [x.astype(_dtype(x).as_numpy_dtype, copy=False) for x in taken]
+
+    def dataset(self):
+        """As a tf.data.Dataset, which shuffles whenever an iteration begins."""
+        dtypes = [_dtype(array) for array in self._arrays]
+        starts = tf.data.Dataset.range(0, self._length, self._batch_size)
+
+        def begin(_):
+            zero = tf.numpy_function(self._shuffle, [], tf.int64)
+            return starts.map(lambda start: start + zero)
+
+        def batch(start):
+            parts = tf.numpy_function(self._batch, [start], dtypes)
+            for part, array in zip(parts, self._arrays, strict=True):
+                part.set_shape((None, *array.shape[1:]))
+            return keras.tree.pack_sequence_as(self._nest, parts)
+
+        dataset = tf.data.Dataset.range(1).flat_map(begin).map(batch, num_parallel_calls=1)
+        options = tf.data.Options()
+        options.experimental_optimization.apply_default_optimizations = False
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(starts)))
+        return dataset.with_options(options).prefetch(2)
+
+
+def _dtype(array):
+    """What an array is in a batch: Keras makes floats of another width its own, and text is text."""
+    if array.dtype.kind in "OSU":
+        return tf.string
+    return tf.as_dtype(keras.config.floatx()) if array.dtype.kind == "f" else tf.as_dtype(array.dtype)
+
+
+def arrays_of(x, y, sample_weight):
+    """(x, y, sample_weight) without those that are None, of NumPy arrays of one length; None if they are not arrays."""
+    nest = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    leaves = keras.tree.flatten(nest)
+    strange = (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset, keras.utils.PyDataset)
+    if not leaves or any(isinstance(leaf, strange) or not hasattr(leaf, "__array__") for leaf in leaves):
+        return None
+    arrays = [np.asarray(leaf) for leaf in leaves]
+    if not all(array.ndim and len(array) == len(arrays[0]) for array in arrays) or not len(arrays[0]):
+        return None  # Keras has an error for them
+    return keras.tree.pack_sequence_as(nest, arrays)
+
+
+def split(arrays, validation_split):
+    """Arrays to train on and those to validate on, the last ones, as Keras splits them."""
+    length = len(keras.tree.flatten(arrays)[0])
+    at = int(length * (1.0 - validation_split))
+    if not 0 < at < length:
+        raise ValueError(f"validation_split = {validation_split} leaves one of the two parts of {length} samples empty")
+    return tuple(keras.tree.map_structure(lambda x, part=part: x[part], arrays) for part in (slice(at), slice(at, None)))
+
+
+def with_first(callbacks, first):
+    """The callbacks, a list, a single one, None or Keras's CallbackList, with one before them."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.callbacks.insert(0, first)
+        first.set_model(callbacks.model)
+        return callbacks
+    return [first, *keras.tree.flatten(callbacks or [])]
+
+
+class EpochCallback(keras.callbacks.Callback):
+    """What a model's `fit` does around each epoch, before the other callbacks do."""
+
+    def __init__(self, order=None):
+        super().__init__()
+        self.order = order
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.order is not None:
+            self.order.begin(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.show_averages()
