@@ -100,11 +100,10 @@ class _SparseLayer(keras.layers.Layer):
         if self.feature_counts is None:
             return reference.Penalty(l2, l2_linear)
         seen, counted = tf.unstack(tf.convert_to_tensor(self.samples.value))
-        progress = tf.where(seen < counted, tf.cast(seen / tf.maximum(counted, 1), tf.float32), 1.0)
+        priors = tf.where(seen < counted, [0.0, 0.0], [_precision(prior), _precision(prior_linear)])
         if training:
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
-        table = tf.convert_to_tensor(self.feature_counts.value)
-        return reference.Penalty(l2, l2_linear, _precision(prior), _precision(prior_linear), table, progress)
+        return reference.Penalty(l2, l2_linear, tf.convert_to_tensor(self.feature_counts.value), priors)
 
     def _interaction(self, table, inputs, output, training, penalties, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)
@@ -254,8 +253,9 @@ class FMInteraction(_SparseLayer):
             row / (count * deviation^2 * B) to the row's gradient, so that a pass over the training rows is maximum a
             posteriori with a normal prior of this deviation on every row, rare or frequent, where the loss is the mean
             over the batch. Silent and sparse, as l2 is.
-        num_samples: training rows that were counted: for the first of them the prior grows (`reference.Penalty` says
-            how), so that a single pass learns no less than without one. None: it has all its weight at once.
+        num_samples: training rows that were counted: the priors begin after so many, as what a first pass shows is new,
+            and the prior is in where the rows start; from the second pass on it balances what is seen again. None: they
+            begin at once.
         embedding_prior, linear_prior: deviations, of the table's elements and of w; None: no prior.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.

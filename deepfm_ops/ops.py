@@ -8,8 +8,6 @@ from tensorflow.python.ops import resource_variable_ops
 
 from deepfm_ops import _library, arguments, reference
 
-STRENGTHS = reference.Penalty._fields[:4]
-
 try:
     _library.native_ops()
 except (RuntimeError, ValueError):  # said again, to whom it concerns, when the op is called
@@ -107,8 +105,9 @@ def interaction(
         row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
         weights=weights_input,
         counts=[] if penalty.counts is None else [penalty.counts],
-        progress=[] if penalty.counts is None else [tf.cast(penalty.progress, tf.float32)],
-        **{name: getattr(penalty, name) for name in STRENGTHS},
+        priors=[] if penalty.counts is None else [penalty.priors],
+        l2=penalty.l2,
+        l2_linear=penalty.l2_linear,
         Tacc=arguments.accumulation_dtype(table.dtype),
         output=output,
         field_splits=list(field_splits),
@@ -135,7 +134,7 @@ def _on_gpu(variable):
 
 
 def _split(op, inputs):
-    """The lists of none or one among an op's inputs, from values to progress, and what follows them."""
+    """The lists of none or one among an op's inputs, from values to priors, and what follows them."""
     rest, parts = list(inputs[2:]), []
     for name in ("num_values", "num_row_splits", "num_weights", "num_counts", "num_counts"):
         count = op.get_attr(name)
@@ -159,7 +158,7 @@ def _values_needed(op, num_values):
 @tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
 def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, counts, progress, _ = _split(op, op.inputs)
+    values, row_splits, weights, counts, priors, _ = _split(op, op.inputs)
     pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
@@ -171,20 +170,20 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
         row_splits=row_splits,
         weights=weights,
         counts=counts,
-        progress=progress,
+        priors=priors,
         sums=op.outputs[1],
         embeddings=[op.outputs[2]] if pooled else [],
         d_interaction=d_interaction,
         d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
         d_linear=[d_linear] if weights else [],
         d_penalty=d_penalty,
-        **{name: op.get_attr(name) for name in ("output", "field_splits", *STRENGTHS)},
+        **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
         need_values=_values_needed(op, len(values)),
         **({"T": op.get_attr("T")} if is_resource else {}),
     )
     d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
     d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
-    nones = [None] * len(counts + progress)
+    nones = [None] * len(counts + priors)
     return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits)), *d_weights, *nones]
 
 
@@ -197,7 +196,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     accounted for there.
     """
     table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, counts, progress, rest = _split(op, op.inputs)
+    values, row_splits, weights, counts, priors, rest = _split(op, op.inputs)
     num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
     d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings, the first order and the penalty
     dtype = op.get_attr("T")
@@ -209,7 +208,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     else:
         rows = [tf.gather(t, unique) for t in tables]
     pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
-    penalty = reference.Penalty(*(op.get_attr(name) for name in STRENGTHS), *counts, *progress)
+    penalty = reference.Penalty(op.get_attr("l2"), op.get_attr("l2_linear"), *counts, *priors)
     factors = penalty.factors(pairs, unique, position, arguments.accumulation_dtype(dtype))
     with tf.GradientTape() as outer:
         outer.watch([*rows, *values, *d_outputs])
@@ -238,7 +237,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     second = [tf.convert_to_tensor(g) for g in second]
     d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
     d_values = second[len(rows) : len(rows) + len(values)]
-    nones = [None] * (len(counts + progress) + 1 + num_embeddings)
+    nones = [None] * (len(counts + priors) + 1 + num_embeddings)
     return [
         d_table,
         None,

@@ -21,24 +21,20 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
 class Penalty(NamedTuple):
     """What is added to the gradient of the rows of a batch: factor[u] * row[u], for each unique row u.
 
-        factor[u] = 2 * l2 + occurrences[u] * share(counts[u]) * prior / B
-        share(n) = 1/n * min(1, 1/n + progress)
+        factor[u] = 2 * l2 + occurrences[u] / counts[u] * prior / B
 
-    Occurrences are pairs with a value other than zero. The second summand is the gradient of a normal prior of
-    precision `prior` under a loss that is the mean over the batch: over a pass that meets a feature n times, all of the
-    prior. While the first pass lasts, a row has met few of its n occurrences and has all of them to learn from:
-    1/n + progress is about the share that it has met, and the prior has no more weight than that.
+    Occurrences are pairs with a value other than zero; a count of zero is one. The second summand is the gradient of a
+    normal prior of precision `prior` under a loss that is the mean over the batch: over a pass that meets a feature as
+    often as it was counted, all of the prior.
     """
 
     l2: float = 0.0
     l2_linear: float = 0.0  # of the first-order weights
-    prior: float = 0.0
-    prior_linear: float = 0.0
     counts: tf.Tensor | None = None  # int32 [V]
-    progress: tf.Tensor | float = 1.0  # share of the first pass that is done
+    priors: tf.Tensor | None = None  # float32 [2], precisions of the table's and the weights' prior, with counts
 
     def __bool__(self):
-        return any(self[:4])
+        return self.counts is not None or bool(self.l2 or self.l2_linear)
 
     def factors(self, pairs, unique, position, dtype):
         """[U, 1] or a number each, of the table's rows and of the weights'; dtype: that of sums."""
@@ -47,11 +43,11 @@ class Penalty(NamedTuple):
         present = tf.ones(tf.shape(position), dtype) if pairs.values is None else tf.cast(pairs.values != 0, dtype)
         flat = tf.reshape(position, [-1])
         occurrences = tf.math.unsorted_segment_sum(tf.reshape(present, [-1]), flat, tf.size(unique))
-        inverse = 1 / tf.maximum(tf.cast(tf.gather(self.counts, unique), dtype), 1)
-        share = occurrences * inverse * tf.minimum(tf.ones([], dtype), inverse + tf.cast(self.progress, dtype))
+        share = occurrences / tf.maximum(tf.cast(tf.gather(self.counts, unique), dtype), 1)
         samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
         per_sample = share[:, tf.newaxis] / tf.cast(samples, dtype)
-        return 2 * self.l2 + per_sample * self.prior, 2 * self.l2_linear + per_sample * self.prior_linear
+        priors = tf.cast(self.priors, dtype)
+        return 2 * self.l2 + per_sample * priors[0], 2 * self.l2_linear + per_sample * priors[1]
 
 
 def interaction(table, pairs, output, field_splits=(), weights=None, penalty=Penalty(), forward_only=False):

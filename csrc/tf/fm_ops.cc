@@ -164,11 +164,11 @@ class FmKernel : public Kernel {
     return CheckShape("weights", weights->tensor(), {shape.num_rows, 1});
   }
 
-  static Status CheckCounts(const OpInputList& counts, const OpInputList& progress, const FmShape& shape) {
+  static Status CheckCounts(const OpInputList& counts, const OpInputList& priors, const FmShape& shape) {
     if (counts.size() == 0) return absl::OkStatus();
     if (counts.size() > 1) return InvalidArgument("counts must be one tensor, got ", counts.size());
     TF_RETURN_IF_ERROR(CheckShape("counts", counts[0], {shape.num_rows}));
-    return CheckShape("progress", progress[0], {});
+    return CheckShape("priors", priors[0], {2});
   }
 
   Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
@@ -298,20 +298,18 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2", &l2_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2_linear", &l2_linear_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("prior", &prior_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("prior_linear", &prior_linear_));
   }
 
   void Run(OpKernelContext* ctx) override {
     Table table, weights;
     GradientArgs args;
-    OpInputList values, embeddings, d_embeddings, d_linear, counts, progress;
+    OpInputList values, embeddings, d_embeddings, d_linear, counts, priors;
     const Tensor *sums, *d_interaction, *d_penalty;
     OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
     OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
     OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
     OP_REQUIRES_OK(ctx, ctx->input_list("counts", &counts));
-    OP_REQUIRES_OK(ctx, ctx->input_list("progress", &progress));
+    OP_REQUIRES_OK(ctx, ctx->input_list("priors", &priors));
     OP_REQUIRES_OK(ctx, ctx->input("sums", &sums));
     OP_REQUIRES_OK(ctx, ctx->input_list("embeddings", &embeddings));
     OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
@@ -321,7 +319,7 @@ class FmInteractionGradOp : public FmKernel {
     OP_REQUIRES_OK(ctx, CheckShape("d_penalty", *d_penalty, {}));
     const FmShape& shape = args.shape;
     OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
-    OP_REQUIRES_OK(ctx, CheckCounts(counts, progress, shape));
+    OP_REQUIRES_OK(ctx, CheckCounts(counts, priors, shape));
     OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
                 InvalidArgument("embeddings and d_embeddings must be one tensor each"));
     if (d_linear.size()) OP_REQUIRES_OK(ctx, CheckShape("d_linear", d_linear[0], {shape.num_samples, 1}));
@@ -361,9 +359,8 @@ class FmInteractionGradOp : public FmKernel {
     args.l2_linear = l2_linear_ * scale;
     if (counts.size()) {
       args.counts = counts[0].flat<int32_t>().data();
-      args.prior = prior_ * scale / shape.num_samples;
-      args.prior_linear = prior_linear_ * scale / shape.num_samples;
-      args.progress = progress[0].scalar<float>()();
+      args.prior = priors[0].flat<float>()(0) * scale / shape.num_samples;
+      args.prior_linear = priors[0].flat<float>()(1) * scale / shape.num_samples;
     }
     args.groups = &groups;
     args.rows = MutableData(rows);
@@ -373,7 +370,7 @@ class FmInteractionGradOp : public FmKernel {
 
  private:
   bool need_values_;
-  float l2_, l2_linear_, prior_, prior_linear_;
+  float l2_, l2_linear_;
 };
 
 // The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.
@@ -390,8 +387,6 @@ class FmInteractionGradOp : public FmKernel {
       .Attr("l2: float = 0")                       \
       .Attr("l2_linear: float = 0")                \
       .Attr("num_counts: int >= 0 = 0")            \
-      .Attr("prior: float = 0")                    \
-      .Attr("prior_linear: float = 0")             \
       .Attr("output: {'sum', 'scalar', 'vector'}") \
       .Attr("field_splits: list(int) = []")
 
@@ -415,7 +410,7 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Input("row_splits: num_row_splits * int64")                                                       \
       .Input("weights: num_weights * " table_type)                                                       \
       .Input("counts: num_counts * int32")                                                               \
-      .Input("progress: num_counts * float")                                                             \
+      .Input("priors: num_counts * float")                                                               \
       .Output("interaction: Tacc")                                                                       \
       .Output("sums: Tacc")                                                                              \
       .Output("embeddings: Tacc")                                                                        \
@@ -432,7 +427,7 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Input("row_splits: num_row_splits * int64")                                                       \
       .Input("weights: num_weights * " table_type)                                                       \
       .Input("counts: num_counts * int32")                                                               \
-      .Input("progress: num_counts * float")                                                             \
+      .Input("priors: num_counts * float")                                                               \
       .Input("sums: Tacc")                                                                               \
       .Input("embeddings: num_embeddings * Tacc")                                                        \
       .Input("d_interaction: Tacc")                                                                      \

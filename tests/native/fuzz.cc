@@ -334,7 +334,6 @@ void Case(const char* where, const Parallel& parallel) {
     a.counts = counts.data.data();
     a.prior = Chance(50) ? 0 : 0.75;
     a.prior_linear = Chance(50) ? 0 : 0.5;
-    a.progress = Chance(50) ? 1 : 0.25;
   }
   a.shape = shape;
   a.table_type = D::kType;
@@ -372,8 +371,7 @@ void Case(const char* where, const Parallel& parallel) {
   }
   std::vector<double> share(V);
   for (int64_t p = 0; p < n && counts.size; ++p) {
-    const double inverse = 1.0 / std::max(1, counts.data[indices.data[p]]);
-    if (!with_values || values.data[p] != 0) share[indices.data[p]] += inverse * std::min(1.0, inverse + a.progress);
+    if (!with_values || values.data[p] != 0) share[indices.data[p]] += 1.0 / std::max(1, counts.data[indices.data[p]]);
   }
   int64_t u = 0;
   for (int64_t v = 0; v < V; ++v) {

@@ -194,7 +194,7 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
     used = np.isin(np.arange(8), indices)[:, None]
     occurrences = np.array([np.sum((indices == i) & ((x != 0) | (form == "ones"))) for i in range(8)])[:, None]
     n = np.maximum(counts, 1)[:, None]
-    share = occurrences / n * np.minimum(1, 1 / n + 0.25)
+    share = occurrences / n
     samples = 3 if form == "ragged" else 4
     strengths = [used * 2 * l2 + share * prior / samples for l2, prior in ((0.25, 0.75), (0.125, 0.5))]
     indices, x = tf.constant(indices), tf.constant(x)
@@ -208,7 +208,7 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
                 inner.watch([x] if kind == "variable" else [x, table, w])
                 pairs, splits = PAIRS[form](indices, x)
                 options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
-                penalty = reference.Penalty(0.25, 0.125, 0.75, 0.5, tf.constant(counts, tf.int32), 0.25)
+                penalty = reference.Penalty(0.25, 0.125, tf.constant(counts, tf.int32), tf.constant([0.75, 0.5]))
                 options |= {"weights": w, "penalty": penalty}
                 if backend == "definition":
                     rows = tf.gather(tf.convert_to_tensor(table), pairs.indices)
@@ -496,7 +496,7 @@ def test_raw_op_rejects_what_python_would_have_caught():
         "row_splits": [],
         "weights": [],
         "counts": [],
-        "progress": [],
+        "priors": [],
     }
     good |= {"Tacc": tf.float32, "output": "scalar", "field_splits": [], "return_embeddings": False}
     assert native.deepfm_ops_fm_interaction(**good).interaction.shape == (1, 1)
