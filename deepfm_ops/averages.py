@@ -78,8 +78,13 @@ class Averaging:
             tf.cond(now, self._go_on_from_averages, lambda: True)
         self._lag_scale = None  # a tensor of this step
 
+    # What Keras does at every step.
+
     def _update_model_variables_moving_average(self, trainable_variables):
-        pass  # Keras's, at every step
+        pass
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables):
+        pass
 
     def _keep(self, decay):
         self._decay_so_far.assign(decay)

@@ -10,6 +10,9 @@ from deepfm_ops import _library, arguments, ops, reference
 from deepfm_ops.features import counts
 
 
+SOFTNESS = 10.0  # of the priors in the first pass
+
+
 def positive(name, number):
     """The number as int, if it is a whole one and at least 1."""
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
@@ -93,14 +96,16 @@ class _SparseLayer(keras.layers.Layer):
             regularizer=regularizer,
             autocast=False,
         )
-        table.is_table = True  # `CombinedOptimizer` asks
+        table.is_table = True  # optimizers ask for both
+        table.feature_counts = self.feature_counts
         return table
 
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
         if self.feature_counts is None:
             return reference.Penalty(l2, l2_linear)
         seen, counted = tf.unstack(tf.convert_to_tensor(self.samples.value))
-        priors = tf.where(seen < counted, [0.0, 0.0], [_precision(prior), _precision(prior_linear)])
+        softness = tf.where(seen < counted, SOFTNESS, 0.0)
+        priors = tf.stack([_precision(prior), _precision(prior_linear), softness])
         if training:
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
         return reference.Penalty(l2, l2_linear, tf.convert_to_tensor(self.feature_counts.value), priors)
@@ -253,9 +258,10 @@ class FMInteraction(_SparseLayer):
             row / (count * deviation^2 * B) to the row's gradient, so that a pass over the training rows is maximum a
             posteriori with a normal prior of this deviation on every row, rare or frequent, where the loss is the mean
             over the batch. Silent and sparse, as l2 is.
-        num_samples: training rows that were counted: the priors begin after so many, as what a first pass shows is new,
-            and the prior is in where the rows start; from the second pass on it balances what is seen again. None: they
-            begin at once.
+        num_samples: training rows that were counted. What the first of them show is new, and the prior is in where the
+            rows start: until so many were trained on, an occurrence carries only 10 / (10 + count) of its share, much
+            for rare rows and nearly nothing for frequent ones. From then on the prior balances what is seen again. None:
+            it does so at once.
         embedding_prior, linear_prior: deviations, of the table's elements and of w; None: no prior.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.

@@ -22,6 +22,9 @@ from deepfm_ops import arguments, ops
 from deepfm_ops.averages import Averaging
 
 
+RARE_COUNT = 20  # kRareCount of the native op
+
+
 def _added_up(slices):
     """The slices with equal indices added up, in the dtype that sums are kept in; ascending."""
     slices = _map(lambda g: tf.cast(g, arguments.accumulation_dtype(g.dtype)), slices)
@@ -50,6 +53,7 @@ class _Sparse(Averaging):
     """
 
     _slot_lists = ()
+    rare_rate = 0.0  # LazyAdam's
     _moves_absent_rows = False  # then a sparse gradient is made dense
 
     def _slots(self, variable):
@@ -105,10 +109,13 @@ class _Sparse(Averaging):
         if self.use_ema and self._moves_rows_only(gradient, self._trainable_variables[self._get_variable_index(variable)]):
             lags = [self._lag_of(variable).value]
             hyper.append(tf.cast(self._lag_scale, dtype))
+        counts = self._counts_of(variable)
+        if counts is not None:
+            hyper.append(tf.cast(self.rare_rate, dtype))
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
         native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
         if native is None:
-            self._update_rows(gradient, value, slots, lags, hyper)
+            self._update_rows(gradient, value, slots, lags, counts, hyper)
             return
         native.deepfm_ops_sparse_update(
             table=value.handle,
@@ -117,10 +124,20 @@ class _Sparse(Averaging):
             indices=gradient.indices,
             gradient=gradient.values,
             hyper=tf.stack(hyper),
+            counts=[] if counts is None else [counts],
             rule=self._rule,
         )
 
-    def _update_rows(self, gradient, value, slots, lags, hyper):
+    def _counts_of(self, variable):
+        """Counts of the features that a table's rows are of, int32 [V], if rare rows are to move farther, or None."""
+        if not self.rare_rate:
+            return None
+        counts = getattr(self._trainable_variables[self._get_variable_index(variable)], "feature_counts", None)
+        return None if counts is None else tf.convert_to_tensor(counts.value)
+
+    def _update_rows(self, gradient, value, slots, lags, counts, hyper):
+        if counts is not None:
+            *hyper, rare = hyper
         if lags:
             *hyper, lag_scale = hyper
         gradient = _added_up(gradient)
@@ -131,6 +148,10 @@ class _Sparse(Averaging):
         ]
         before = p
         p, rows = self._row_step(tf.cast(gradient.values, dtype), p - p * hyper[0], rows, hyper[1:])
+        if counts is not None:
+            n = tf.cast(tf.gather(counts, indices), dtype)
+            farther = rare * RARE_COUNT / (RARE_COUNT + n)
+            p += (p - before) * tf.reshape(farther, [-1] + [1] * (p.shape.rank - 1))
         for lag in lags:
             rows.append(tf.gather(lag, indices) - (p - before) * lag_scale)
         for variable, new in zip((value, *slots, *lags), (p, *rows), strict=True):
@@ -273,6 +294,13 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
     PyTorch's SparseAdam (torch/optim/_functional.py, sparse_adam) and of TensorFlow Addons' LazyAdam. Dense
     gradients get exactly Keras's Adam.
 
+    Args:
+        learning_rate, beta_1, beta_2, epsilon: as Keras's.
+        amsgrad: False.
+        rare_rate: rows of rare features learn faster: one whose feature was counted n times moves
+            1 + rare_rate * 20 / (20 + n) times as far. Of tables of layers that were given `feature_counts`.
+        **kwargs: Keras's.
+
     References:
         Kingma and Ba, "Adam", ICLR 2015, end of section 2 (the bias corrections folded into the rate).
 
@@ -281,10 +309,26 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
     _rule = "lazy_adam"
     _slot_lists = ("_momentums", "_velocities")
 
-    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, amsgrad=False, **kwargs):
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-7,
+        amsgrad=False,
+        *,
+        rare_rate=0.0,
+        **kwargs,
+    ):
         if amsgrad:
             raise ValueError("amsgrad is not supported: the largest second moment of an absent row is not kept")
+        if not isinstance(rare_rate, int | float) or not 0 <= rare_rate < float("inf"):
+            raise ValueError(f"rare_rate must be a number of at least 0, got {rare_rate!r}")
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
+        self.rare_rate = float(rare_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "rare_rate": self.rare_rate}
 
     def _hyper(self, rate):
         step = tf.cast(self.iterations + 1, rate.dtype)

@@ -21,17 +21,17 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
 class Penalty(NamedTuple):
     """What is added to the gradient of the rows of a batch: factor[u] * row[u], for each unique row u.
 
-        factor[u] = 2 * l2 + occurrences[u] / counts[u] * prior / B
+        factor[u] = 2 * l2 + occurrences[u] / n * prior / B,  n = counts[u]
 
     Occurrences are pairs with a value other than zero; a count of zero is one. The second summand is the gradient of a
     normal prior of precision `prior` under a loss that is the mean over the batch: over a pass that meets a feature as
-    often as it was counted, all of the prior.
+    often as it was counted, all of the prior. With a softness r > 0 it is r / (r + n) of it: little for frequent rows.
     """
 
     l2: float = 0.0
     l2_linear: float = 0.0  # of the first-order weights
     counts: tf.Tensor | None = None  # int32 [V]
-    priors: tf.Tensor | None = None  # float32 [2], precisions of the table's and the weights' prior, with counts
+    priors: tf.Tensor | None = None  # float32 [3], with counts: precisions of the table's and the weights' prior, softness
 
     def __bool__(self):
         return self.counts is not None or bool(self.l2 or self.l2_linear)
@@ -43,10 +43,11 @@ class Penalty(NamedTuple):
         present = tf.ones(tf.shape(position), dtype) if pairs.values is None else tf.cast(pairs.values != 0, dtype)
         flat = tf.reshape(position, [-1])
         occurrences = tf.math.unsorted_segment_sum(tf.reshape(present, [-1]), flat, tf.size(unique))
-        share = occurrences / tf.maximum(tf.cast(tf.gather(self.counts, unique), dtype), 1)
+        n = tf.maximum(tf.cast(tf.gather(self.counts, unique), dtype), 1)
+        *priors, softness = tf.unstack(tf.cast(self.priors, dtype))
+        share = occurrences / n * tf.where(softness > 0, softness / (softness + n), 1)
         samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
         per_sample = share[:, tf.newaxis] / tf.cast(samples, dtype)
-        priors = tf.cast(self.priors, dtype)
         return 2 * self.l2 + per_sample * priors[0], 2 * self.l2_linear + per_sample * priors[1]
 
 

@@ -16,7 +16,8 @@
 //               + sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
 //   weight_rows[u] = (2 * l2_linear + share[u] * prior_linear) * weights[unique[u]]
 //               + sum over the same p of  values[p] * d_linear[b]
-//   share[u] = how many of these p have values[p] != 0, divided by counts[unique[u]]
+//   share[u] = how many of these p have values[p] != 0, divided by n = counts[unique[u]]; with prior_softness r > 0,
+//               times r / (r + n)
 //   d_values[p] = < table[indices[p], :], d[field of p, :] > + weights[indices[p]] * d_linear[b]
 //
 // A kInt8 row, of the forward alone, is K + 6 bytes: scale, offset and first-order weight as bfloat16, then
@@ -81,6 +82,7 @@ struct GradientArgs {
   double l2 = 0, l2_linear = 0;         // strengths of a penalty on the rows of the batch
   const int32_t* counts = nullptr;      // [V], of a prior that counts, or null
   double prior = 0, prior_linear = 0;   // its strengths, with counts
+  double prior_softness = 0;            // with counts
   const RowGroups* groups = nullptr;    // of the pairs' indices
   void* rows = nullptr;                 // T   [U,K], or null
   void* weight_rows = nullptr;          // T   [U], with weights

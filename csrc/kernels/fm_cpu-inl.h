@@ -287,10 +287,11 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   return bad;
 }
 
-// A feature that occurs though none was counted has a count of one.
+// Of one occurrence; a feature that occurs though none was counted has a count of one.
 template <typename A>
-static inline A CountOf(int32_t count) {
-  return static_cast<A>(count > 0 ? count : 1);
+static inline A PriorShare(int32_t count, A softness) {
+  const A n = static_cast<A>(count > 0 ? count : 1);
+  return softness > 0 ? softness / ((softness + n) * n) : 1 / n;
 }
 
 // One block of columns, groups [begin, end).
@@ -314,6 +315,7 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
   const A pull = static_cast<A>(2 * a.l2), pull_linear = static_cast<A>(2 * a.l2_linear);
   const int32_t* counts = a.counts;
   const A prior = static_cast<A>(a.prior), prior_linear = static_cast<A>(a.prior_linear);
+  const A softness = static_cast<A>(a.prior_softness);
   // Each is a cache line of its own.
   const bool read_weights = weights && (d_values || pull_linear != 0 || (counts && prior_linear != 0));
   const int64_t* row_of = a.groups->rows();
@@ -391,7 +393,7 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) total[n] += d[n] * x;
     }
-    const A share = counts ? occurrences / CountOf<A>(counts[row_of[u]]) : A(0);
+    const A share = counts ? occurrences * PriorShare(counts[row_of[u]], softness) : A(0);
     const A here = pull + share * prior, here_linear = pull_linear + share * prior_linear;
     if (here != 0) {
 #pragma GCC unroll 8

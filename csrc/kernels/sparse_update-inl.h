@@ -29,6 +29,13 @@ static inline A LagScale(const UpdateArgs& a) {
   return a.lag ? static_cast<const A*>(a.hyper)[ShapeOf(a.rule).hyper] : A(0);
 }
 
+// How much farther than by its rule a row moves.
+template <typename A>
+static inline A Farther(const UpdateArgs& a, int64_t row) {
+  const A rare = static_cast<const A*>(a.hyper)[ShapeOf(a.rule).hyper + (a.lag ? 1 : 0)];
+  return rare * A(kRareCount) / (A(kRareCount) + static_cast<A>(a.counts[row]));
+}
+
 // Calls fn(Int<partial>, first column, lanes) for each register of a row.
 template <typename T, typename Fn>
 static inline void ForRegisters(int64_t dim, const Fn& fn) {
@@ -54,8 +61,12 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, cons
   const A decay = static_cast<const A*>(a.hyper)[0], lag_scale = LagScale<A>(a);
   for (int64_t u = begin; u < end; u += lanes) {
     const int n = static_cast<int>(Min(lanes, end - u));
-    A g[lanes] = {}, x[most][lanes] = {};
+    A g[lanes] = {}, x[most][lanes] = {}, farther[lanes] = {};
     for (int l = 0; l < n; ++l) {
+      if (a.counts) {
+        if (u + l + distance < end) __builtin_prefetch(a.counts + row_of[u + l + distance]);
+        farther[l] = Farther<A>(a, row_of[u + l]);
+      }
       for (int i = 0; i < count; ++i) {
         if (u + l + distance < end) __builtin_prefetch(arrays[i] + row_of[u + l + distance]);
         x[i][l] = LoadOne(arrays[i] + row_of[u + l]);
@@ -68,6 +79,11 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, cons
     const V before = v[0];
     if (decay != 0) v[0] -= v[0] * decay;
     step(gradient, v[0], v + 1);
+    if (a.counts) {
+      V more;
+      __builtin_memcpy(&more, farther, sizeof(more));
+      v[0] += (v[0] - before) * more;
+    }
     if (a.lag) v[1 + kSlots] = LagAfter(v[1 + kSlots], before, v[0], lag_scale);
     __builtin_memcpy(x, v, sizeof(v));
     for (int l = 0; l < n; ++l)
@@ -94,12 +110,14 @@ static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const St
   const int64_t stop = starts[end];
   for (int64_t u = begin; u < end; ++u) {
     if (u + distance < end) {
+      if (a.counts) __builtin_prefetch(a.counts + row_of[u + distance]);
       for (int i = 0; i < count; ++i)
         PrefetchRow(reinterpret_cast<const char*>(arrays[i] + row_of[u + distance] * a.dim), row_bytes);
     }
     for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
       PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
     const int64_t row = row_of[u] * a.dim;
+    const A farther = a.counts ? Farther<A>(a, row_of[u]) : A(0);
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       constexpr bool kPartial = decltype(partial)::value != 0;
       const V g = GroupSum<kPartial, T>(a, starts, positions, u, c, tail);
@@ -108,6 +126,7 @@ static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const St
       const V before = v[0];
       if (decay != 0) v[0] -= v[0] * decay;
       step(g, v[0], v + 1);
+      if (a.counts) v[0] += (v[0] - before) * farther;
       if (lag) {
         const V late = LagAfter(Load<kPartial>(lag + row + c, tail), before, v[0], lag_scale);
         Store<kPartial>(lag + row + c, late, tail);
@@ -137,6 +156,7 @@ static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end
     if (u + distance < end) {
       PrefetchRow(reinterpret_cast<const char*>(table + row_of[u + distance] * a.dim), row_bytes);
       __builtin_prefetch(slot + row_of[u + distance]);
+      if (a.counts) __builtin_prefetch(a.counts + row_of[u + distance]);
       if (lag) PrefetchRow(reinterpret_cast<const char*>(lag + row_of[u + distance] * a.dim), row_bytes);
     }
     for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
@@ -149,12 +169,14 @@ static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end
     const A s = LoadOne(slot + row_of[u]) + HorizontalSum(squares) / static_cast<A>(a.dim);
     StoreOne(slot + row_of[u], s);
     const A scale = rate / (Sqrt(V{} + s)[0] + epsilon);
+    const A farther = a.counts ? Farther<A>(a, row_of[u]) : A(0);
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       constexpr bool kPartial = decltype(partial)::value != 0;
       V p = Load<kPartial>(table + row_of[u] * a.dim + c, tail);
       const V before = p;
       if (decay != 0) p -= p * decay;
       p -= GroupSum<kPartial, T>(a, starts, positions, u, c, tail) * scale;
+      if (a.counts) p += (p - before) * farther;
       if (lag) {
         T* here = lag + row_of[u] * a.dim + c;
         Store<kPartial>(here, LagAfter(Load<kPartial>(here, tail), before, p, lag_scale), tail);

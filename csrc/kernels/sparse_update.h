@@ -12,6 +12,8 @@
 //                    s0 = n;  table = (clip(s1, -l1, l1) - s1) / (n^-power / rate + 2 * l2)
 // Rows are rounded to the table's type after the update; slots have the table's type too.
 //
+// With counts of the features, a row of count n moves 1 + rare * kRareCount / (kRareCount + n) times as far.
+//
 // With an exponential average of the rows, whose decay in step t is d_t and D_t = d_1 * ... * d_t:
 //   average = table + D_t * lag;  a step that moves a row by m does  lag -= m / D_(t-1)
 // which is average = d_t * average + (1 - d_t) * table, and leaves rows that do not move alone.
@@ -24,11 +26,12 @@ namespace deepfm {
 
 enum class Rule { kSgd, kAdagrad, kRowWiseAdagrad, kLazyAdam, kFtrl };
 constexpr int kMostSlots = 2;
-constexpr int kMostHyper = 7;
+constexpr int kMostHyper = 8;
+constexpr int kRareCount = 20;
 
 // How many slots a rule has, and numbers: the decay, then those of the formula in the order
 // rate, epsilon; rate, one_minus_beta_1, one_minus_beta_2, epsilon; rate, power, l1, l2, shrinkage. With a lag,
-// 1 / D_(t-1) follows.
+// 1 / D_(t-1) follows; with counts, rare.
 struct RuleShape {
   int slots, hyper;
 };
@@ -44,8 +47,9 @@ struct UpdateArgs {
   void* table = nullptr;                         // T   [V,K]
   void* slots[kMostSlots] = {nullptr, nullptr};  // T   [V,K], or [V] (kRowWiseAdagrad)
   void* lag = nullptr;                           // T   [V,K], float32 or float64, or null
+  const int32_t* counts = nullptr;               // [V], of the features, or null
   const void* gradient = nullptr;                // T   [n,K]
-  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag
+  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag, and with counts
   const RowGroups* groups = nullptr;             // of the n pairs' rows
 };
 

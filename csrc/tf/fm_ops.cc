@@ -168,7 +168,7 @@ class FmKernel : public Kernel {
     if (counts.size() == 0) return absl::OkStatus();
     if (counts.size() > 1) return InvalidArgument("counts must be one tensor, got ", counts.size());
     TF_RETURN_IF_ERROR(CheckShape("counts", counts[0], {shape.num_rows}));
-    return CheckShape("priors", priors[0], {2});
+    return CheckShape("priors", priors[0], {3});
   }
 
   Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
@@ -361,6 +361,7 @@ class FmInteractionGradOp : public FmKernel {
       args.counts = counts[0].flat<int32_t>().data();
       args.prior = priors[0].flat<float>()(0) * scale / shape.num_samples;
       args.prior_linear = priors[0].flat<float>()(1) * scale / shape.num_samples;
+      args.prior_softness = priors[0].flat<float>()(2);
     }
     args.groups = &groups;
     args.rows = MutableData(rows);

@@ -37,11 +37,13 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_slots", &num_slots_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("num_lags", &num_lags_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("num_counts", &num_counts_));
     OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
     rule_ = static_cast<Rule>(std::find(names, names + 5, rule) - names);
     OP_REQUIRES(ctx, num_slots_ == ShapeOf(rule_).slots,
                 InvalidArgument(rule, " has ", ShapeOf(rule_).slots, " slots, got ", num_slots_));
-    OP_REQUIRES(ctx, num_lags_ <= 1, InvalidArgument("lags must be one variable, got ", num_lags_));
+    OP_REQUIRES(ctx, num_lags_ <= 1 && num_counts_ <= 1,
+                InvalidArgument("lags and counts must be one each, got ", num_lags_, " and ", num_counts_));
     OP_REQUIRES(ctx, num_lags_ == 0 || dtype_ == tensorflow::DT_FLOAT || dtype_ == tensorflow::DT_DOUBLE,
                 InvalidArgument("a lag must be float or double, got ", tensorflow::DataTypeString(dtype_)));
   }
@@ -79,7 +81,7 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES(
         ctx, gradient.shape() == want,
         InvalidArgument("gradient must have shape ", want.DebugString(), ", got ", gradient.shape().DebugString()));
-    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_}));
+    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_ + num_counts_}));
     UpdateArgs args;
     args.rule = rule_;
     args.table_type = TableTypeOf(dtype_);
@@ -91,6 +93,10 @@ class SparseUpdateOp : public Kernel {
       const int64_t elements = by_row ? shape.dim_size(0) : shape.num_elements();
       OP_REQUIRES(ctx, slot.NumElements() == elements,
                   InvalidArgument("a slot must have ", elements, " elements, got shape ", slot.shape().DebugString()));
+    }
+    if (num_counts_) {
+      OP_REQUIRES_OK(ctx, CheckShape("counts", ctx->input(num_vars + 3), {shape.dim_size(0)}));
+      args.counts = ctx->input(num_vars + 3).flat<int32_t>().data();
     }
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
@@ -110,7 +116,7 @@ class SparseUpdateOp : public Kernel {
  private:
   Rule rule_;
   DataType dtype_;
-  int num_slots_, num_lags_;
+  int num_slots_, num_lags_, num_counts_;
 };
 
 REGISTER_OP("DeepfmOpsSparseUpdate")
@@ -120,12 +126,14 @@ REGISTER_OP("DeepfmOpsSparseUpdate")
     .Attr("rule: {'sgd', 'adagrad', 'row_wise_adagrad', 'lazy_adam', 'ftrl'}")
     .Attr("num_slots: int >= 0")
     .Attr("num_lags: int >= 0")
+    .Attr("num_counts: int >= 0")
     .Input("table: resource")
     .Input("slots: num_slots * resource")
     .Input("lags: num_lags * resource")
     .Input("indices: Tindices")
     .Input("gradient: T")
     .Input("hyper: Tacc")
+    .Input("counts: num_counts * int32")
     .SetShapeFn(tensorflow::shape_inference::NoOutputs);
 REGISTER_KERNEL_BUILDER(Name("DeepfmOpsSparseUpdate").Device(tensorflow::DEVICE_CPU), SparseUpdateOp);
 

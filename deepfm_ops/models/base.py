@@ -207,10 +207,10 @@ class ConfiguredModel(keras.Model):
             validation_data = (self._as_inputs(x_validation), self._targets(y_validation), *rest)
         else:
             validation_data = self._as_inputs(validation_data)
-        order = None
-        if (arrays := epochs_.arrays_of(x, y, sample_weight)) is not None:
+        order, arrays = None, epochs_.arrays_of(x, y, sample_weight)
+        self._before_training(None if arrays is None else arrays[0])
+        if arrays is not None:
             batch_size = batch_size or recipe.batch_size(getattr(self, "optimizer", None))
-            self._before_arrays(arrays)
             if shuffle is True:
                 if validation_split and validation_data is None:
                     arrays, validation_data = epochs_.split(arrays, validation_split)
@@ -240,8 +240,8 @@ class ConfiguredModel(keras.Model):
         self.show_averages()
         return history
 
-    def _before_arrays(self, arrays):
-        """What a model wants to know of the arrays that it is trained on."""
+    def _before_training(self, x):
+        """What a model wants to know of the inputs that `fit` was given; None: they are no arrays."""
 
     # Weights are the raw ones while they are trained, and their averages, where an optimizer keeps some, wherever they
     # are read.

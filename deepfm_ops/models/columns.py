@@ -172,11 +172,14 @@ class ColumnDeepFM(ConfiguredModel):
             inputs = {name: inputs[name] for name in plan.inputs or ()}
             self._finish(config, inputs, plan.head(parts), name, trainable, frozen, plan)
 
-    def _before_arrays(self, arrays):
+    def _before_training(self, x):
         """Counts the features of the arrays, if that was asked for and has not been done."""
         lookups = [*self.plan.first_orders, *self.plan.lookups] if self._config["count_features"] else []
         lookups = [part for part in lookups if int(part.source.samples[1]) == 0]
-        x = arrays[0]
+        if not lookups:
+            return
+        if x is None:
+            raise ValueError("count_features needs fit on arrays first: what is iterated over cannot be counted before")
         num_samples = len(next(iter(x.values())))
         for number in {part.encoder for part in lookups}:
             encoder = encoding.ColumnEncoder(self.plan.encoders[number])

@@ -1,6 +1,7 @@
 """DeepFM over index and value matrices."""
 
 import copy
+import warnings
 
 import keras
 import numpy as np
@@ -194,6 +195,24 @@ class DeepFM(ConfiguredModel):
             check_values(values)
         return x
 
+    def _before_training(self, x):
+        """Warns, once, of features that occur though none was counted."""
+        part = (self.plan.lookups or self.plan.first_orders)[0]
+        known = part.source.feature_counts
+        if known is None or x is None or self._uncounted_said:
+            return
+        indices, values = (x["indices"], x["values"]) if isinstance(x, dict) else x
+        known = known.numpy()
+        occurring, wrong = np.zeros(len(known), bool), (indices < 0) | (indices >= len(known))
+        occurring[indices[(values != 0) & ~wrong]] = True  # the op says which are wrong
+        missed = np.flatnonzero(occurring & (known == 0))
+        if missed.size:
+            self._uncounted_said = True
+            warnings.warn(
+                f"feature_counts say 0 of {missed.size} features that occur, such as {missed[0]}: they count as 1",
+                stacklevel=3,
+            )
+
     def _checked(self, inputs):
         values = _values(inputs)
         if values is None or any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(inputs)):
@@ -230,6 +249,8 @@ class DeepFM(ConfiguredModel):
 
     # One signature, and one documentation: those of the model that it makes.
     from_columns = ColumnDeepFM
+
+    _uncounted_said = False
 
     @property
     def features(self):

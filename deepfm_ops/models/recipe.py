@@ -12,7 +12,7 @@ NAME = "recommended"
 def optimizer():
     """The recommended optimizers: tables learn faster than dense weights, and averages of both are what predicts."""
     average = {"use_ema": True, "ema_momentum": 0.999}
-    return CombinedOptimizer(LazyAdam(3e-3, **average), LazyAdam(5e-4, **average), name=NAME)
+    return CombinedOptimizer(LazyAdam(3e-3, rare_rate=4.0, **average), LazyAdam(5e-4, **average), name=NAME)
 
 
 def batch_size(optimizer):

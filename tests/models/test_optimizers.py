@@ -286,7 +286,7 @@ def test_native_op_validates():
     native = _library.native_ops("native")
     table, slot = tf.Variable(tf.ones((4, 2))), tf.Variable(tf.ones((4, 2)))
     good = {"table": table.handle, "slots": [slot.handle], "indices": tf.constant([1, 1]), "rule": "adagrad"}
-    good |= {"lags": [], "gradient": tf.ones((2, 2)), "hyper": tf.constant([0.0, 0.1, 1e-7])}
+    good |= {"lags": [], "counts": [], "gradient": tf.ones((2, 2)), "hyper": tf.constant([0.0, 0.1, 1e-7])}
     uninitialized = tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[4, 2], shared_name="not there")
     for change, message in [
         ({"indices": tf.constant([1, 4])}, r"indices\[1\] = 4 is not in \[0, 4\)"),
@@ -300,6 +300,7 @@ def test_native_op_validates():
         ({"slots": [tf.Variable(tf.ones((4, 3))).handle]}, "a slot must have 8 elements"),
         ({"table": uninitialized}, "not there|not exist"),
         ({"lags": [slot.handle], "hyper": tf.zeros(4)}, "must be different variables"),
+        ({"counts": [tf.ones([3], tf.int32)], "hyper": tf.zeros(4)}, "counts must have shape"),
         ({"lags": [tf.Variable(tf.ones((4, 2))).handle]}, "hyper must have shape"),
     ]:
         with pytest.raises(

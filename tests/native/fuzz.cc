@@ -107,10 +107,13 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
                                          {decay, 0.5, 0.25, 0.125, 0.125},
                                          {decay, 0.5, power, 0.25, 0.125, 0.25}};
   const double* h = numbers[static_cast<int>(rule)];
-  Array<A> hyper(rule_shape.hyper + 1, false);
+  Array<A> hyper(rule_shape.hyper + 2, false);
   for (int i = 0; i < rule_shape.hyper; ++i) hyper.data[i] = static_cast<A>(h[i]);
-  hyper.data[rule_shape.hyper] = 4;
-  const bool with_lag = sizeof(T) == sizeof(A) && Chance(50);
+  const bool with_lag = sizeof(T) == sizeof(A) && Chance(50), with_counts = Chance(50);
+  if (with_lag) hyper.data[rule_shape.hyper] = 4;
+  hyper.data[rule_shape.hyper + with_lag] = 2;
+  Array<int32_t> counts(with_counts ? V : 0, false);
+  for (int32_t& x : counts.data) x = static_cast<int32_t>(Uniform(0, 300));
   Array<T> lag(with_lag ? V * K : 0, true);
   for (int64_t i = 0; i < lag.size; ++i) lag.data[i] = D::Make(0.5);
   UpdateArgs a;
@@ -121,6 +124,7 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
   for (int i = 0; i < rule_shape.slots; ++i) a.slots[i] = state[i + 1].data.data();
   a.gradient = gradient.data.data();
   a.hyper = hyper.data.data();
+  a.counts = with_counts ? counts.data.data() : nullptr;
   a.lag = with_lag ? lag.data.data() : nullptr;
   a.groups = &groups;
   SparseUpdate(a, parallel);
@@ -169,6 +173,7 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
         }
       }
     }
+    if (with_counts && count[i / K]) x += (x - D::Read(before[0].data[i])) * 40 / (20 + counts.data[i / K]);
     const double want[] = {x, s0, s1};
     for (int j = 0; j <= rule_shape.slots; ++j) {
       const double got = D::Read(state[j].data[j ? slot : i]);
@@ -334,6 +339,7 @@ void Case(const char* where, const Parallel& parallel) {
     a.counts = counts.data.data();
     a.prior = Chance(50) ? 0 : 0.75;
     a.prior_linear = Chance(50) ? 0 : 0.5;
+    a.prior_softness = Chance(50) ? 0 : 4;
   }
   a.shape = shape;
   a.table_type = D::kType;
@@ -371,7 +377,10 @@ void Case(const char* where, const Parallel& parallel) {
   }
   std::vector<double> share(V);
   for (int64_t p = 0; p < n && counts.size; ++p) {
-    if (!with_values || values.data[p] != 0) share[indices.data[p]] += 1.0 / std::max(1, counts.data[indices.data[p]]);
+    if (!with_values || values.data[p] != 0) {
+      const double c = std::max(1, counts.data[indices.data[p]]);
+      share[indices.data[p]] += (a.prior_softness > 0 ? a.prior_softness / (a.prior_softness + c) : 1) / c;
+    }
   }
   int64_t u = 0;
   for (int64_t v = 0; v < V; ++v) {

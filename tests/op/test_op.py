@@ -184,8 +184,8 @@ PAIRS = {
 
 @pytest.mark.parametrize("form", PAIRS)
 @pytest.mark.parametrize("kind", ["tensor", "variable"])
-@pytest.mark.parametrize("output", ["scalar", "vector"])
-def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
+@pytest.mark.parametrize(("output", "softness"), [("scalar", 0.0), ("vector", 0.0), ("scalar", 4.0)])
+def test_first_order_and_penalties_in_one_op(form, kind, output, softness, rng):
     """Against the definition, by autodiff of a dense lookup; the gradient of the gradient too."""
     start, start_w = rng.normal(size=(8, 5)), rng.normal(size=(8, 1))
     indices, x = rng.integers(0, 8, (4, 6)), rng.normal(size=(4, 6))
@@ -194,7 +194,7 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
     used = np.isin(np.arange(8), indices)[:, None]
     occurrences = np.array([np.sum((indices == i) & ((x != 0) | (form == "ones"))) for i in range(8)])[:, None]
     n = np.maximum(counts, 1)[:, None]
-    share = occurrences / n
+    share = occurrences / n * (softness / (softness + n) if softness else 1)
     samples = 3 if form == "ragged" else 4
     strengths = [used * 2 * l2 + share * prior / samples for l2, prior in ((0.25, 0.75), (0.125, 0.5))]
     indices, x = tf.constant(indices), tf.constant(x)
@@ -208,7 +208,7 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, rng):
                 inner.watch([x] if kind == "variable" else [x, table, w])
                 pairs, splits = PAIRS[form](indices, x)
                 options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
-                penalty = reference.Penalty(0.25, 0.125, tf.constant(counts, tf.int32), tf.constant([0.75, 0.5]))
+                penalty = reference.Penalty(0.25, 0.125, tf.constant(counts, tf.int32), tf.constant([0.75, 0.5, softness]))
                 options |= {"weights": w, "penalty": penalty}
                 if backend == "definition":
                     rows = tf.gather(tf.convert_to_tensor(table), pairs.indices)
