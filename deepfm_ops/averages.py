@@ -1,10 +1,9 @@
 """Exponential averages of weights, at the cost of the rows that a step moves.
 
 With d_t the decay of step t and D_t = d_1 * ... * d_t, the average a_t = d_t * a_(t-1) + (1 - d_t) * w_t is kept as
-lag_t = (a_t - w_t) / D_t. A step that moves a weight by m does lag -= m / D_(t-1); where a weight does not move, its lag
-does not change either, so that rows without a gradient need no visit, and what is computed for the others is bit for bit
-what a pass over the whole table would.
-
+lag_t = (a_t - w_t) / D_t. A step that moves a weight by m does lag -= m / D_(t-1). Where a weight does not move, its
+lag does not change either, so that rows without a gradient need no visit, and what is computed for the others is bit
+for bit what a pass over the whole table would.
 """
 
 import numpy as np
@@ -58,8 +57,8 @@ class Averaging:
         if not self.built:
             self.build(variables)
         text = (
-            "the weights are their averages now, which training would go on from: call optimizer.hide_averages() before "
-            "a step of your own (averages_shown = {})"
+            "the weights are their averages now, which training would go on from: call optimizer.hide_averages() "
+            "before a step of your own (averages_shown = {})"
         )
         with tf.control_dependencies(arguments.require(self._shown.value == 0, text, lambda: (self._shown.value,))):
             decay = tf.identity(self._decay_so_far.value)
@@ -101,7 +100,7 @@ class Averaging:
             lag.value.assign(tf.zeros_like(lag.value))
         return self._keep(tf.ones([], tf.float64))
 
-    def _moves_rows_only(self, gradient, variable):
+    def _moves_rows_only(self, gradient, variable) -> bool:
         return False
 
     def _lag_of(self, variable):

@@ -9,7 +9,6 @@ import tensorflow as tf
 from deepfm_ops import _library, arguments, ops, reference
 from deepfm_ops.features import counts
 
-
 SOFTNESS = 10.0  # of the priors in the first pass
 
 
@@ -48,9 +47,7 @@ def _with_columns(indices, columns):
 class _SparseLayer(keras.layers.Layer):
     """What the layers share: the backend, one interaction, a prior that counts, no autocast, no XLA."""
 
-    def __init__(
-        self, num_features, field_sizes=None, backend="auto", feature_counts=None, num_samples=None, **kwargs
-    ):
+    def __init__(self, num_features, field_sizes=None, backend="auto", feature_counts=None, num_samples=None, **kwargs):
         super().__init__(autocast=False, **kwargs)
         if backend not in _library.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_library.BACKENDS)}, got {backend!r}")
@@ -83,10 +80,10 @@ class _SparseLayer(keras.layers.Layer):
 
     def set_feature_counts(self, feature_counts, num_samples=None):
         """Changes the counts of a layer that was made with some; see its arguments."""
-        if self.feature_counts is None:
+        if self.feature_counts is None or self.samples is None:
             raise ValueError(f"layer {self.name!r} was made without feature_counts")
         self.feature_counts.assign(counts.checked(feature_counts, self.num_features))
-        self.samples.assign([int(self.samples[0]), num_samples or 0])
+        self.samples.assign([self.samples.numpy()[0], num_samples or 0])
 
     def _add_table(self, name, columns, initializer, regularizer):
         table = self.add_weight(
@@ -156,10 +153,11 @@ class _SparseLayer(keras.layers.Layer):
         }
 
 
-def _deviation(name, deviation):
-    if deviation is not None and (not isinstance(deviation, int | float | np.number) or not 0 < deviation < np.inf):
-        raise ValueError(f"{name} must be a number above 0, or None, got {deviation!r}")
-    return None if deviation is None else float(deviation)
+def deviation(name, number):
+    """The number as a float, if it is one above 0; None stays None."""
+    if number is not None and (not isinstance(number, int | float | np.number) or not 0 < number < np.inf):
+        raise ValueError(f"{name} must be a number above 0, or None, got {number!r}")
+    return None if number is None else float(number)
 
 
 def _precision(deviation):
@@ -206,7 +204,7 @@ class FirstOrder(_SparseLayer):
         **kwargs,
     ):
         super().__init__(num_features, field_sizes, **kwargs)
-        self.l2, self.prior = _strength("l2", l2), _deviation("prior", prior)
+        self.l2, self.prior = _strength("l2", l2), deviation("prior", prior)
         self.weights_initializer = keras.initializers.get(weights_initializer)
         self.weights_regularizer = keras.regularizers.get(weights_regularizer)
 
@@ -260,8 +258,8 @@ class FMInteraction(_SparseLayer):
             over the batch. Silent and sparse, as l2 is.
         num_samples: training rows that were counted. What the first of them show is new, and the prior is in where the
             rows start: until so many were trained on, an occurrence carries only 10 / (10 + count) of its share, much
-            for rare rows and nearly nothing for frequent ones. From then on the prior balances what is seen again. None:
-            it does so at once.
+            for rare rows and nearly nothing for frequent ones. From then on the prior balances what is seen again.
+            None: it does so at once.
         embedding_prior, linear_prior: deviations, of the table's elements and of w; None: no prior.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.
@@ -332,8 +330,8 @@ class FMInteraction(_SparseLayer):
         self.linear_initializer = keras.initializers.get(linear_initializer)
         self.linear_regularizer = keras.regularizers.get(linear_regularizer)
         self.l2, self.l2_linear = _strength("l2", l2), _strength("l2_linear", l2_linear)
-        self.embedding_prior = _deviation("embedding_prior", embedding_prior)
-        self.linear_prior = _deviation("linear_prior", linear_prior)
+        self.embedding_prior = deviation("embedding_prior", embedding_prior)
+        self.linear_prior = deviation("linear_prior", linear_prior)
         self.w = None
 
     def build(self, input_shape=None):

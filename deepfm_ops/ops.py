@@ -65,7 +65,7 @@ def interaction(
     field_splits=(),
     return_embeddings=False,
     weights=None,
-    penalty=reference.Penalty(),
+    penalty=reference.NO_PENALTY,
     backend="auto",
 ):
     """`reference.interaction`, natively where that can be had; embeddings are None unless asked for.
@@ -223,8 +223,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                 wide[1] if weights else None,
             )
             penalty = sum(
-                tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r)
-                for factor, r in zip(factors, rows, strict=False)
+                tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r) for factor, r in zip(factors, rows, strict=False)
             )
             outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
             outputs.append(tf.cast(penalty, d_outputs[-1].dtype))

@@ -21,7 +21,6 @@ import tensorflow as tf
 from deepfm_ops import arguments, ops
 from deepfm_ops.averages import Averaging
 
-
 RARE_COUNT = 20  # kRareCount of the native op
 
 
@@ -106,10 +105,11 @@ class _Sparse(Averaging):
         hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate))]
         slots = [slot.value for slot in self._slots(variable)]
         lags = []
-        if self.use_ema and self._moves_rows_only(gradient, self._trainable_variables[self._get_variable_index(variable)]):
+        tracked = self._trainable_variables[self._get_variable_index(variable)]
+        if self.use_ema and self._moves_rows_only(gradient, tracked):
             lags = [self._lag_of(variable).value]
             hyper.append(tf.cast(self._lag_scale, dtype))
-        counts = self._counts_of(variable)
+        counts = self._counts_of(tracked)
         if counts is not None:
             hyper.append(tf.cast(self.rare_rate, dtype))
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
@@ -132,7 +132,7 @@ class _Sparse(Averaging):
         """Counts of the features that a table's rows are of, int32 [V], if rare rows are to move farther, or None."""
         if not self.rare_rate:
             return None
-        counts = getattr(self._trainable_variables[self._get_variable_index(variable)], "feature_counts", None)
+        counts = getattr(variable, "feature_counts", None)
         return None if counts is None else tf.convert_to_tensor(counts.value)
 
     def _update_rows(self, gradient, value, slots, lags, counts, hyper):
@@ -381,15 +381,16 @@ class Ftrl(_Sparse, keras.optimizers.Ftrl):
 class CombinedOptimizer(keras.optimizers.Optimizer):
     """One optimizer for the tables of a model and another for its dense weights, in one `compile`.
 
-    Tables are the weights of `FMInteraction` and `FirstOrder`, and those of `keras.layers.Embedding`; each optimizer has
-    a learning rate or schedule, clipping and slots of its own, and is saved and resumed.
+    Tables are the weights of `FMInteraction` and `FirstOrder`, and those of `keras.layers.Embedding`; each optimizer
+    has a learning rate or schedule, clipping and slots of its own, and is saved and resumed.
 
     Args:
         tables, dense: Keras optimizers, their names or configurations.
         name: of this one.
 
     Attributes:
-        learning_rate: that of `dense`. Setting it, as Keras's callbacks do, changes that of `tables` by the same factor.
+        learning_rate: that of `dense`. Setting it, as Keras's callbacks do, changes that of `tables` by the same
+            factor.
 
     Raises:
         ValueError: averages (`use_ema`) in one of the two only, or in an optimizer that is not of this package.
@@ -411,8 +412,8 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
         for optimizer in (self.tables, self.dense):
             if optimizer.use_ema and not isinstance(optimizer, Averaging):
                 raise ValueError(
-                    f"{type(optimizer).__name__} of Keras cannot show averages and go on from the raw weights: use one of "
-                    "deepfm_ops.optimizers (LazyAdam's dense step is Adam's)"
+                    f"{type(optimizer).__name__} of Keras cannot show averages and go on from the raw weights: use one "
+                    "of deepfm_ops.optimizers (LazyAdam's dense step is Adam's)"
                 )
 
     @property
@@ -424,7 +425,8 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
         groups = [], []
         for items in zip(variables, *others, strict=True):
             groups[0 if is_table(items[0]) else 1].append(items)
-        return [(part, *map(list, zip(*group, strict=True))) for part, group in zip(self._parts, groups, strict=True) if group]
+        found = zip(self._parts, groups, strict=True)
+        return [(part, *map(list, zip(*group, strict=True))) for part, group in found if group]
 
     def build(self, variables):
         if self.built or not variables:  # Keras's loader of .h5 files builds with none

@@ -31,7 +31,7 @@ class Penalty(NamedTuple):
     l2: float = 0.0
     l2_linear: float = 0.0  # of the first-order weights
     counts: tf.Tensor | None = None  # int32 [V]
-    priors: tf.Tensor | None = None  # float32 [3], with counts: precisions of the table's and the weights' prior, softness
+    priors: tf.Tensor | None = None  # float32 [3], with counts: precisions for the table and the weights, softness
 
     def __bool__(self):
         return self.counts is not None or bool(self.l2 or self.l2_linear)
@@ -51,7 +51,10 @@ class Penalty(NamedTuple):
         return 2 * self.l2 + per_sample * priors[0], 2 * self.l2_linear + per_sample * priors[1]
 
 
-def interaction(table, pairs, output, field_splits=(), weights=None, penalty=Penalty(), forward_only=False):
+NO_PENALTY = Penalty()
+
+
+def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_PENALTY, forward_only=False):
     """What the native op computes: (interaction, embeddings, linear, penalty).
 
     Args:

@@ -55,8 +55,8 @@ class FeatureDictionary:
         field_sizes: columns of the matrices per field: 1, or the longest entry seen of a multivalued one.
         num_fields: number of fields, as `DeepFM(..., field_sizes=...)` counts them.
         num_columns: columns of the matrices, the sum of field_sizes.
-        counts: int64 [num_features], how often each feature occurs in what `fit` saw, with a value other than zero; index
-            0, which has none, is 0. None: the dictionary was saved by an older version.
+        counts: int64 [num_features], how often each feature occurs in what `fit` saw, with a value other than zero;
+            index 0, which has none, is 0. None: the dictionary was saved by an older version.
         num_samples: rows that `fit` saw; None likewise.
 
     """

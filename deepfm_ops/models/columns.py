@@ -29,7 +29,6 @@ from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, seed_
 from deepfm_ops.models.penalties import Penalties, l2_regularizer
 from deepfm_ops.plan import Lookup, Plan
 
-
 COUNTED_ROWS = 1 << 16  # at a time
 
 

@@ -25,7 +25,7 @@ class EpochOrder:
 
     def __init__(self, arrays, batch_size, steps_per_epoch=None):
         self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
-        self._epoch, self._pass, self._order = 0, 0, None
+        self._epoch, self._pass, self._order = 0, 0, np.arange(0)
         self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
         self._length = len(self._arrays[0])
         self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)
@@ -75,7 +75,7 @@ def _dtype(array):
 
 
 def arrays_of(x, y, sample_weight):
-    """(x, y, sample_weight) without those that are None, of NumPy arrays of one length; None if they are not arrays."""
+    """(x, y, sample_weight), without those that are None, as NumPy arrays of one length; None if they are no arrays."""
     nest = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     leaves = keras.tree.flatten(nest)
     strange = (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset, keras.utils.PyDataset)
@@ -93,7 +93,8 @@ def split(arrays, validation_split):
     at = int(length * (1.0 - validation_split))
     if not 0 < at < length:
         raise ValueError(f"validation_split = {validation_split} leaves one of the two parts of {length} samples empty")
-    return tuple(keras.tree.map_structure(lambda x, part=part: x[part], arrays) for part in (slice(at), slice(at, None)))
+    parts = (slice(at), slice(at, None))
+    return tuple(keras.tree.map_structure(lambda x, part=part: x[part], arrays) for part in parts)
 
 
 def with_first(callbacks, first):

@@ -11,8 +11,8 @@ from deepfm_ops import arguments
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
-from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models import recipe
+from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models.columns import ColumnDeepFM
 from deepfm_ops.models.parts import Head, mlp, seed_for
 from deepfm_ops.models.penalties import Penalties
@@ -227,8 +227,8 @@ class DeepFM(ConfiguredModel):
     def from_features(cls, features, **arguments):
         """A DeepFM over the matrices of a FeatureDictionary, which is saved with it.
 
-        It is the one that is recommended (docs/learning.md): with the priors on, from the dictionary's counts, and an MLP
-        of 256-128; `compile()` without arguments, then, has the recommended optimizers.
+        It is the one that is recommended (docs/learning.md): with the priors on, from the dictionary's counts, and an
+        MLP of 256-128; `compile()` without arguments, then, has the recommended optimizers.
 
         Args:
             features: a fitted FeatureDictionary; sizes and counts come from it. One that an older version saved has no

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from deepfm_ops.layers import deviation
+
 SCOPES = ("batch", "table")
 
 
@@ -34,9 +36,7 @@ class Penalties(NamedTuple):
         if self.scope not in SCOPES:
             raise ValueError(f"l2_scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         for name in ("embedding_prior", "linear_prior"):
-            deviation = getattr(self, name)
-            if deviation is not None and not (isinstance(deviation, int | float | np.number) and 0 < deviation < np.inf):
-                raise ValueError(f"{name} must be a number above 0, or None, got {deviation!r}")
+            deviation(name, getattr(self, name))
         return self
 
     def _counted(self, **priors):

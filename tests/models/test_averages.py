@@ -46,7 +46,9 @@ class Dense:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize(("columns", "momentum", "dtype"), [(16, 0.99, "float32"), (1, 0.5, "float32"), (5, 0.9, "float64")])
+@pytest.mark.parametrize(
+    ("columns", "momentum", "dtype"), [(16, 0.99, "float32"), (1, 0.5, "float32"), (5, 0.9, "float64")]
+)
 def test_sparse_averages_are_dense_ones_bit_for_bit(name, columns, momentum, dtype, rng):
     rows = 300
     table = keras.Variable(rng.normal(size=(rows, columns)).astype(dtype))

@@ -208,7 +208,8 @@ def test_first_order_and_penalties_in_one_op(form, kind, output, softness, rng):
                 inner.watch([x] if kind == "variable" else [x, table, w])
                 pairs, splits = PAIRS[form](indices, x)
                 options = {"field_splits": splits, "return_embeddings": True, "backend": backend}
-                penalty = reference.Penalty(0.25, 0.125, tf.constant(counts, tf.int32), tf.constant([0.75, 0.5, softness]))
+                priors = tf.constant([0.75, 0.5, softness])
+                penalty = reference.Penalty(0.25, 0.125, tf.constant(counts, tf.int32), priors)
                 options |= {"weights": w, "penalty": penalty}
                 if backend == "definition":
                     rows = tf.gather(tf.convert_to_tensor(table), pairs.indices)
