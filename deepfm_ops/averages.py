@@ -144,7 +144,7 @@ class Averaging:
 
     def finalize_variable_values(self, var_list):
         """At the end of Keras's `fit`: the averages are the weights from now on, unless they are shown already."""
-        if self.use_ema and not self.averages_are_shown:
+        if self.use_ema and self.built and not self.averages_are_shown:
             self._go_on_from_averages()
 
     @property

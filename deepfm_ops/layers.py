@@ -94,14 +94,18 @@ class _SparseLayer(keras.layers.Layer):
             autocast=False,
         )
         table.is_table = True  # optimizers ask for both
-        table.feature_counts = self.feature_counts
+        table.feature_counts, table.first_pass = self.feature_counts, self._first_pass
         return table
+
+    def _first_pass(self):
+        """The share of the first pass that is done, in training."""
+        seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples.value), tf.float32))
+        return tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
 
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
         if self.feature_counts is None:
             return reference.Penalty(l2, l2_linear)
-        seen, counted = tf.unstack(tf.convert_to_tensor(self.samples.value))
-        softness = tf.where(seen < counted, SOFTNESS, 0.0)
+        softness = tf.where(self._first_pass() < 1, SOFTNESS, 0.0)
         priors = tf.stack([_precision(prior), _precision(prior_linear), softness])
         if training:
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])

@@ -111,7 +111,7 @@ class _Sparse(Averaging):
             hyper.append(tf.cast(self._lag_scale, dtype))
         counts = self._counts_of(tracked)
         if counts is not None:
-            hyper.append(tf.cast(self.rare_rate, dtype))
+            hyper += [tf.cast(self.rare_rate, dtype), tf.cast(tracked.first_pass(), dtype)]
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
         native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
         if native is None:
@@ -137,7 +137,7 @@ class _Sparse(Averaging):
 
     def _update_rows(self, gradient, value, slots, lags, counts, hyper):
         if counts is not None:
-            *hyper, rare = hyper
+            *hyper, rare, seen = hyper
         if lags:
             *hyper, lag_scale = hyper
         gradient = _added_up(gradient)
@@ -150,7 +150,7 @@ class _Sparse(Averaging):
         p, rows = self._row_step(tf.cast(gradient.values, dtype), p - p * hyper[0], rows, hyper[1:])
         if counts is not None:
             n = tf.cast(tf.gather(counts, indices), dtype)
-            farther = rare * RARE_COUNT / (RARE_COUNT + n)
+            farther = rare * RARE_COUNT / (RARE_COUNT + seen * n)
             p += (p - before) * tf.reshape(farther, [-1] + [1] * (p.shape.rank - 1))
         for lag in lags:
             rows.append(tf.gather(lag, indices) - (p - before) * lag_scale)
@@ -298,7 +298,8 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
         learning_rate, beta_1, beta_2, epsilon: as Keras's.
         amsgrad: False.
         rare_rate: rows of rare features learn faster: one whose feature was counted n times moves
-            1 + rare_rate * 20 / (20 + n) times as far. Of tables of layers that were given `feature_counts`.
+            1 + rare_rate * 20 / (20 + n) times as far; in the first pass over `num_samples`, n is how often it will
+            have come up to now. Of tables of layers that were given `feature_counts`.
         **kwargs: Keras's.
 
     References:

@@ -32,8 +32,9 @@ static inline A LagScale(const UpdateArgs& a) {
 // How much farther than by its rule a row moves.
 template <typename A>
 static inline A Farther(const UpdateArgs& a, int64_t row) {
-  const A rare = static_cast<const A*>(a.hyper)[ShapeOf(a.rule).hyper + (a.lag ? 1 : 0)];
-  return rare * A(kRareCount) / (A(kRareCount) + static_cast<A>(a.counts[row]));
+  const A* hyper = static_cast<const A*>(a.hyper) + ShapeOf(a.rule).hyper + (a.lag ? 1 : 0);
+  const A rare = hyper[0], seen = hyper[1];
+  return rare * A(kRareCount) / (A(kRareCount) + seen * static_cast<A>(a.counts[row]));
 }
 
 // Calls fn(Int<partial>, first column, lanes) for each register of a row.

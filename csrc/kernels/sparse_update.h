@@ -12,7 +12,8 @@
 //                    s0 = n;  table = (clip(s1, -l1, l1) - s1) / (n^-power / rate + 2 * l2)
 // Rows are rounded to the table's type after the update; slots have the table's type too.
 //
-// With counts of the features, a row of count n moves 1 + rare * kRareCount / (kRareCount + n) times as far.
+// With counts of the features, a row of count n moves 1 + rare * kRareCount / (kRareCount + seen * n) times as far,
+// seen being the share of the first pass that is done.
 //
 // With an exponential average of the rows, whose decay in step t is d_t and D_t = d_1 * ... * d_t:
 //   average = table + D_t * lag;  a step that moves a row by m does  lag -= m / D_(t-1)
@@ -26,12 +27,12 @@ namespace deepfm {
 
 enum class Rule { kSgd, kAdagrad, kRowWiseAdagrad, kLazyAdam, kFtrl };
 constexpr int kMostSlots = 2;
-constexpr int kMostHyper = 8;
+constexpr int kMostHyper = 9;
 constexpr int kRareCount = 20;
 
 // How many slots a rule has, and numbers: the decay, then those of the formula in the order
 // rate, epsilon; rate, one_minus_beta_1, one_minus_beta_2, epsilon; rate, power, l1, l2, shrinkage. With a lag,
-// 1 / D_(t-1) follows; with counts, rare.
+// 1 / D_(t-1) follows; with counts, rare and seen.
 struct RuleShape {
   int slots, hyper;
 };
@@ -49,7 +50,7 @@ struct UpdateArgs {
   void* lag = nullptr;                           // T   [V,K], float32 or float64, or null
   const int32_t* counts = nullptr;               // [V], of the features, or null
   const void* gradient = nullptr;                // T   [n,K]
-  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag, and with counts
+  const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag, two with counts
   const RowGroups* groups = nullptr;             // of the n pairs' rows
 };
 

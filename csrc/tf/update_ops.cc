@@ -81,7 +81,7 @@ class SparseUpdateOp : public Kernel {
     OP_REQUIRES(
         ctx, gradient.shape() == want,
         InvalidArgument("gradient must have shape ", want.DebugString(), ", got ", gradient.shape().DebugString()));
-    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_ + num_counts_}));
+    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_ + 2 * num_counts_}));
     UpdateArgs args;
     args.rule = rule_;
     args.table_type = TableTypeOf(dtype_);

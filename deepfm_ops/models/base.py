@@ -161,8 +161,9 @@ class ConfiguredModel(keras.Model):
         """Keras's `compile`; what is not given is what is recommended.
 
         Args:
-            optimizer: None: sparse Adam at 3e-3 for the tables, Adam at 5e-4 for the dense weights, averages of all
-                weights, and batches of 1,024 in `fit` on arrays.
+            optimizer: None: `CombinedOptimizer` of LazyAdam at 3e-3 for the tables, faster for rows of rare features,
+                and at 5e-4 for the dense weights, with averages of all weights; `fit` on arrays then has batches of 64
+                (under 10,000 samples) to 1,024 (from 30,000 on), unless it is given another size.
             loss: None: cross-entropy for task "binary", squared error for "regression".
             *args: as Keras's.
             **kwargs: as Keras's.
@@ -210,7 +211,8 @@ class ConfiguredModel(keras.Model):
         order, arrays = None, epochs_.arrays_of(x, y, sample_weight)
         self._before_training(None if arrays is None else arrays[0])
         if arrays is not None:
-            batch_size = batch_size or recipe.batch_size(getattr(self, "optimizer", None))
+            if batch_size is None and steps_per_epoch is None:
+                batch_size = recipe.batch_size(getattr(self, "optimizer", None), len(keras.tree.flatten(arrays)[0]))
             if shuffle is True:
                 if validation_split and validation_data is None:
                     arrays, validation_data = epochs_.split(arrays, validation_split)

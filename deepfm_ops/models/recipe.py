@@ -1,10 +1,11 @@
 """What `compile()` without arguments and `DeepFM.from_features` choose: docs/learning.md says why."""
 
+import math
+
 from deepfm_ops.optimizers import CombinedOptimizer, LazyAdam
 
 HIDDEN_UNITS = (256, 128)
 EMBEDDING_PRIOR, LINEAR_PRIOR = 0.05, 0.3  # deviations
-BATCH_SIZE = 1024
 LOSS = {"binary": "binary_crossentropy", "regression": "mean_squared_error"}
 NAME = "recommended"
 
@@ -15,6 +16,11 @@ def optimizer():
     return CombinedOptimizer(LazyAdam(3e-3, rare_rate=4.0, **average), LazyAdam(5e-4, **average), name=NAME)
 
 
-def batch_size(optimizer):
-    """Samples per step of a model that was compiled without arguments; None, Keras's choice, of another."""
-    return BATCH_SIZE if getattr(optimizer, "name", None) == NAME else None
+def batch_size(optimizer, num_samples):
+    """Samples per step of a model that was compiled without arguments; None, Keras's choice, of another.
+
+    A power of two near num_samples^2 / 1.2e6, from 64 (under 10,000 samples) to 1,024 (from 30,000 on).
+    """
+    if getattr(optimizer, "name", None) != NAME:
+        return None
+    return 2 ** min(10, max(6, round(math.log2(max(1, num_samples) ** 2 / 1.2e6))))

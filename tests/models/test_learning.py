@@ -232,7 +232,12 @@ def test_two_lines():
     assert type(regression.optimizer) is keras.optimizers.SGD and regression.loss == "mean_squared_error"
 
 
-@pytest.mark.parametrize(("compiled", "size"), [((), recipe.BATCH_SIZE), (("adam", "binary_crossentropy"), 32)])
+def test_the_batch_follows_from_the_number_of_samples():
+    sizes = [recipe.batch_size(recipe.optimizer(), n) for n in (1, 9_000, 23_594, 35_000, 100_000, 10**8)]
+    assert sizes == [64, 64, 512, 1024, 1024, 1024]
+
+
+@pytest.mark.parametrize(("compiled", "size"), [((), 64), (("adam", "binary_crossentropy"), 32)])
 def test_the_batch_that_is_recommended(compiled, size, tmp_path):
     x, y = data(3000)
     model = DeepFM(60, 3, 4, (8,))
@@ -428,14 +433,17 @@ def test_keras_options_of_fit_on_arrays():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_rows_of_rare_features_move_farther(backend, monkeypatch):
+@pytest.mark.parametrize("seen", [None, 0, 250, 1000, 5000])
+def test_rows_of_rare_features_move_farther(backend, seen, monkeypatch):
     if backend == "reference":
         monkeypatch.setattr("deepfm_ops.ops.native_for", lambda *_: None)
     counts = np.array([0, 1, 100, 900])
     moves = []
     for rates in ({}, {"rare_rate": 4.0}):
-        layer = FMInteraction(4, 3, use_linear=True, feature_counts=counts)
+        layer = FMInteraction(4, 3, use_linear=True, feature_counts=counts, num_samples=None if seen is None else 1000)
         layer.build()
+        share = 1 if seen is None else min(1, seen / 1000)
+        layer.samples.assign([seen or 0, layer.num_samples or 0])
         optimizer = optimizers.LazyAdam(0.01, **rates)
         optimizer = optimizers.LazyAdam.from_config(optimizer.get_config())
         before = [v.numpy() for v in layer.trainable_variables]
@@ -443,7 +451,7 @@ def test_rows_of_rare_features_move_farther(backend, monkeypatch):
         optimizer.apply(slices, layer.trainable_variables)
         moves.append([v.numpy() - b for v, b in zip(layer.trainable_variables, before, strict=True)])
     for plain, farther in zip(*moves, strict=True):
-        np.testing.assert_allclose(farther, plain * (1 + 4 * 20 / (20 + counts))[:, None], rtol=1e-4)
+        np.testing.assert_allclose(farther, plain * (1 + 4 * 20 / (20 + share * counts))[:, None], rtol=1e-4)
     for wrong in (-1, np.nan, "much"):
         with pytest.raises(ValueError, match="rare_rate must be a number of at least 0"):
             optimizers.LazyAdam(rare_rate=wrong)

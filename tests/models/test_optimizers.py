@@ -300,7 +300,7 @@ def test_native_op_validates():
         ({"slots": [tf.Variable(tf.ones((4, 3))).handle]}, "a slot must have 8 elements"),
         ({"table": uninitialized}, "not there|not exist"),
         ({"lags": [slot.handle], "hyper": tf.zeros(4)}, "must be different variables"),
-        ({"counts": [tf.ones([3], tf.int32)], "hyper": tf.zeros(4)}, "counts must have shape"),
+        ({"counts": [tf.ones([3], tf.int32)], "hyper": tf.zeros(5)}, "counts must have shape"),
         ({"lags": [tf.Variable(tf.ones((4, 2))).handle]}, "hyper must have shape"),
     ]:
         with pytest.raises(

@@ -107,11 +107,12 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
                                          {decay, 0.5, 0.25, 0.125, 0.125},
                                          {decay, 0.5, power, 0.25, 0.125, 0.25}};
   const double* h = numbers[static_cast<int>(rule)];
-  Array<A> hyper(rule_shape.hyper + 2, false);
+  Array<A> hyper(rule_shape.hyper + 3, false);
   for (int i = 0; i < rule_shape.hyper; ++i) hyper.data[i] = static_cast<A>(h[i]);
   const bool with_lag = sizeof(T) == sizeof(A) && Chance(50), with_counts = Chance(50);
   if (with_lag) hyper.data[rule_shape.hyper] = 4;
   hyper.data[rule_shape.hyper + with_lag] = 2;
+  hyper.data[rule_shape.hyper + with_lag + 1] = 0.5;
   Array<int32_t> counts(with_counts ? V : 0, false);
   for (int32_t& x : counts.data) x = static_cast<int32_t>(Uniform(0, 300));
   Array<T> lag(with_lag ? V * K : 0, true);
@@ -173,7 +174,7 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
         }
       }
     }
-    if (with_counts && count[i / K]) x += (x - D::Read(before[0].data[i])) * 40 / (20 + counts.data[i / K]);
+    if (with_counts && count[i / K]) x += (x - D::Read(before[0].data[i])) * 40 / (20 + 0.5 * counts.data[i / K]);
     const double want[] = {x, s0, s1};
     for (int j = 0; j <= rule_shape.slots; ++j) {
       const double got = D::Read(state[j].data[j ? slot : i]);
