@@ -9,6 +9,7 @@
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
+# make bench-learning   how well the defaults learn, and tuned peers (an hour), into the same report
 # make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn, ONNX
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
@@ -20,7 +21,7 @@ INDEPENDENT := op/test_kernels models/test_saving models/test_private_names serv
   $(addprefix features/test_,dictionary values tables bad_input datasets) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-peers sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-learning bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -72,6 +73,11 @@ bench-serve: setup
 
 bench-train: setup
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/report.py
+
+bench-learning: setup
+	$(BIN)/python bench/learning.py
+	$(BIN)/python bench/learning.py --one-pass
 	$(BIN)/python bench/report.py
 
 bench-full: setup
