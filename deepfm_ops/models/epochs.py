@@ -93,8 +93,10 @@ def split(arrays, validation_split):
     at = int(length * (1.0 - validation_split))
     if not 0 < at < length:
         raise ValueError(f"validation_split = {validation_split} leaves one of the two parts of {length} samples empty")
-    parts = (slice(at), slice(at, None))
-    return tuple(keras.tree.map_structure(lambda x, part=part: x[part], arrays) for part in parts)
+    def last(x):  # as Keras takes it: text is a tensor
+        return tf.constant(x[at:]) if _dtype(x) == tf.string else x[at:]
+
+    return keras.tree.map_structure(lambda x: x[:at], arrays), keras.tree.map_structure(last, arrays)
 
 
 def with_first(callbacks, first):
