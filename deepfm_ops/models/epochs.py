@@ -93,6 +93,7 @@ def split(arrays, validation_split):
     at = int(length * (1.0 - validation_split))
     if not 0 < at < length:
         raise ValueError(f"validation_split = {validation_split} leaves one of the two parts of {length} samples empty")
+
     def last(x):  # as Keras takes it: text is a tensor
         return tf.constant(x[at:]) if _dtype(x) == tf.string else x[at:]
 
