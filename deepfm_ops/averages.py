@@ -149,7 +149,7 @@ class Averaging:
 
     @property
     def _model_variables_moving_average(self):
-        raise AttributeError(
+        raise NotImplementedError(  # an AttributeError would be hidden by hasattr
             f"{type(self).__name__} keeps averages another way than Keras: show_averages() and hide_averages() "
             "exchange them, and a DeepFM's fit, evaluate and predict do so themselves, without SwapEMAWeights"
         )
