@@ -10,6 +10,7 @@ from deepfm_ops import _library, arguments, ops, reference
 from deepfm_ops.features import counts
 
 SOFTNESS = 10.0  # of the priors in the first pass
+NOT_COUNTED = -1
 
 
 def positive(name, number):
@@ -71,19 +72,28 @@ class _SparseLayer(keras.layers.Layer):
             trainable=False,
         )
         self.samples = self.add_weight(
-            name="samples",  # seen in training, and counted (0: not known)
+            name="samples",  # seen in training, and counted (0: not known how many; NOT_COUNTED: no counts yet)
             shape=(2,),
             dtype="int64",
-            initializer=lambda shape, dtype: tf.constant([0, self.num_samples or 0], dtype),
+            initializer=lambda shape, dtype: tf.constant([0, self._num_counted()], dtype),
             trainable=False,
         )
 
+    def _num_counted(self):
+        known = self._counts is not None and self._counts.any()
+        return (self.num_samples or 0) if known else NOT_COUNTED
+
+    def is_counted(self):
+        """Whether the layer has counts other than the zeros that it may be made with, to be counted later."""
+        return self.samples is not None and int(self.samples.numpy()[1]) != NOT_COUNTED
+
     def set_feature_counts(self, feature_counts, num_samples=None):
-        """Changes the counts of a layer that was made with some; see its arguments."""
+        """Changes the counts of a layer that was made with some, or with zeros; see its arguments."""
+        num_samples = None if num_samples is None else positive("num_samples", num_samples)
         if self.feature_counts is None or self.samples is None:
             raise ValueError(f"layer {self.name!r} was made without feature_counts")
         self.feature_counts.assign(counts.checked(feature_counts, self.num_features))
-        self.samples.assign([self.samples.numpy()[0], num_samples or 0])
+        self.samples.assign([self.samples.numpy()[0] if self.is_counted() else 0, num_samples or 0])
 
     def _add_table(self, name, columns, initializer, regularizer):
         table = self.add_weight(
@@ -94,7 +104,11 @@ class _SparseLayer(keras.layers.Layer):
             autocast=False,
         )
         table.is_table = True  # optimizers ask for both
-        table.feature_counts, table.first_pass = self.feature_counts, self._first_pass
+        table.feature_counts, table.first_pass, table.are_counted = (
+            self.feature_counts,
+            self._first_pass,
+            self._are_counted,
+        )
         return table
 
     def _first_pass(self):
@@ -102,11 +116,15 @@ class _SparseLayer(keras.layers.Layer):
         seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples.value), tf.float32))
         return tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
 
+    def _are_counted(self):
+        return tf.not_equal(self.samples.value[1], NOT_COUNTED)
+
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
         if self.feature_counts is None:
             return reference.Penalty(l2, l2_linear)
         softness = tf.where(self._first_pass() < 1, SOFTNESS, 0.0)
-        priors = tf.stack([_precision(prior), _precision(prior_linear), softness])
+        precisions = tf.where(self._are_counted(), [_precision(prior), _precision(prior_linear)], [0.0, 0.0])
+        priors = tf.concat([precisions, [softness]], 0)
         if training:
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
         return reference.Penalty(l2, l2_linear, tf.convert_to_tensor(self.feature_counts.value), priors)
@@ -159,7 +177,8 @@ class _SparseLayer(keras.layers.Layer):
 
 def deviation(name, number):
     """The number as a float, if it is one above 0; None stays None."""
-    if number is not None and (not isinstance(number, int | float | np.number) or not 0 < number < np.inf):
+    is_number = isinstance(number, int | float | np.number) and not isinstance(number, bool)
+    if number is not None and not (is_number and 0 < number < np.inf):
         raise ValueError(f"{name} must be a number above 0, or None, got {number!r}")
     return None if number is None else float(number)
 
@@ -256,9 +275,10 @@ class FMInteraction(_SparseLayer):
             is among the layer's `losses` and leaves the gradient sparse; its value there is zero, only its
             gradient is that of the penalty.
         feature_counts: int [V], how many pairs with a value other than zero each feature has in the training rows;
-            zero counts as one. They turn the priors on: every occurrence of a feature in a batch of B adds
-            row / (count * deviation^2 * B) to the row's gradient, so that a pass over the training rows is maximum a
-            posteriori with a normal prior of this deviation on every row, rare or frequent, where the loss is the mean
+            zero counts as one; all zeros are counts that come later, by `set_feature_counts`. They turn the priors on:
+            every occurrence of a feature in a batch of B adds row / (count * deviation^2 * B) to the row's gradient,
+            so that a pass over the training rows is maximum a posteriori with a normal prior of this deviation on
+            every row, rare or frequent, where the loss is the mean
             over the batch. Silent and sparse, as l2 is.
         num_samples: training rows that were counted. What the first of them show is new, and the prior is in where the
             rows start: until so many were trained on, an occurrence carries only 10 / (10 + count) of its share, much

@@ -16,6 +16,7 @@ With sparse gradients, and as against Keras's optimizers:
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments, ops
@@ -111,7 +112,8 @@ class _Sparse(Averaging):
             hyper.append(tf.cast(self._lag_scale, dtype))
         counts = self._counts_of(tracked)
         if counts is not None:
-            hyper += [tf.cast(self.rare_rate, dtype), tf.cast(tracked.first_pass(), dtype)]
+            rare = self.rare_rate * tf.cast(tracked.are_counted(), dtype)
+            hyper += [rare, tf.cast(tracked.first_pass(), dtype)]
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
         native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
         if native is None:
@@ -323,7 +325,8 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
     ):
         if amsgrad:
             raise ValueError("amsgrad is not supported: the largest second moment of an absent row is not kept")
-        if not isinstance(rare_rate, int | float) or not 0 <= rare_rate < float("inf"):
+        is_number = isinstance(rare_rate, int | float | np.number) and not isinstance(rare_rate, bool)
+        if not is_number or not 0 <= rare_rate < float("inf"):
             raise ValueError(f"rare_rate must be a number of at least 0, got {rare_rate!r}")
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
         self.rare_rate = float(rare_rate)
@@ -407,7 +410,9 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
     def __init__(self, tables, dense, name="combined_optimizer"):
         super().__init__(learning_rate=0.0, name=name)
         self.tables, self.dense = keras.optimizers.get(tables), keras.optimizers.get(dense)
-        self.use_ema = self.tables.use_ema
+        self.use_ema, self._ratio = self.tables.use_ema, 1.0
+        if self.tables is self.dense:
+            raise ValueError("tables and dense must be two optimizers, got one for both")
         if self.tables.use_ema != self.dense.use_ema:
             raise ValueError("use_ema must be the same of both optimizers, or averages would be of half a model")
         for optimizer in (self.tables, self.dense):
@@ -441,7 +446,8 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         self.build(variables)
         for part, mine, gradients in self._split(variables, grads):
-            part.apply(gradients, mine)
+            if any(gradient is not None for gradient in gradients):
+                part.apply(gradients, mine)
 
     @property
     def variables(self):
@@ -449,7 +455,7 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def iterations(self):
-        return self.dense.iterations
+        return self.dense.iterations if self.dense.built else self.tables.iterations
 
     @property
     def learning_rate(self):
@@ -459,10 +465,9 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self, rate):
         if callable(rate):
             raise TypeError("set a schedule in `tables` and `dense`: the two have rates of their own")
-        before = float(self.dense.learning_rate)
-        factor = float(rate) / before if before else None
-        self.tables.learning_rate = float(rate) if factor is None else float(self.tables.learning_rate) * factor
-        self.dense.learning_rate = float(rate)
+        if before := float(self.dense.learning_rate):
+            self._ratio = float(self.tables.learning_rate) / before
+        self.tables.learning_rate, self.dense.learning_rate = float(rate) * self._ratio, float(rate)
 
     @property
     def averages_are_shown(self):
@@ -477,6 +482,8 @@ class CombinedOptimizer(keras.optimizers.Optimizer):
         """See `averages.Averaging`."""
         for part in self._parts if self.use_ema else ():
             part.hide_averages()
+
+    _model_variables_moving_average = Averaging._model_variables_moving_average
 
     def finalize_variable_values(self, var_list):
         for part in self._parts:

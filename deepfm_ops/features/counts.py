@@ -22,7 +22,8 @@ def checked(counts, num_features):
 
     """
     counts = unpacked(counts) if isinstance(counts, str) else np.asarray(counts)
-    if counts.dtype.kind not in "iu" and not (counts.dtype.kind == "f" and np.array_equal(counts, np.round(counts))):
+    is_whole = counts.dtype.kind in "iu" or (counts.dtype.kind == "f" and np.array_equal(counts, np.round(counts)))
+    if not is_whole or not np.isfinite(counts).all():
         raise TypeError(f"feature_counts must be whole numbers, got dtype {counts.dtype}")
     if counts.shape != (num_features,):
         raise ValueError(f"feature_counts must have shape ({num_features},), one per feature, got {counts.shape}")
@@ -38,4 +39,7 @@ def packed(counts):
 
 
 def unpacked(text):
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4")
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<i4")
+    except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
+        raise ValueError(f"feature_counts are text that is none of a saved model's: {error}") from error

@@ -62,6 +62,7 @@ class FeatureDictionary:
     """
 
     FORMAT = 2
+    counts = num_samples = None  # of one that an older version pickled
 
     def __init__(self, nonfinite="error"):
         if nonfinite not in NONFINITE:

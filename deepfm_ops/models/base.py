@@ -169,7 +169,7 @@ class ConfiguredModel(keras.Model):
             **kwargs: as Keras's.
 
         """
-        optimizer = recipe.optimizer() if optimizer is None else optimizer
+        optimizer = recipe.optimizer(self.trainable_variables) if optimizer is None else optimizer
         loss = recipe.LOSS[self.plan.task] if loss is None else loss
         super().compile(optimizer, loss, *args, **kwargs)
 
@@ -209,13 +209,15 @@ class ConfiguredModel(keras.Model):
         else:
             validation_data = self._as_inputs(validation_data)
         order, arrays = None, epochs_.arrays_of(x, y, sample_weight)
+        split_off = None
+        if arrays is not None and validation_split and validation_data is None:
+            arrays, split_off = epochs_.split(arrays, validation_split)
         self._before_training(None if arrays is None else arrays[0])
         if arrays is not None:
             if batch_size is None and steps_per_epoch is None:
                 batch_size = recipe.batch_size(getattr(self, "optimizer", None), len(keras.tree.flatten(arrays)[0]))
             if shuffle is True:
-                if validation_split and validation_data is None:
-                    arrays, validation_data = epochs_.split(arrays, validation_split)
+                validation_data = validation_data if split_off is None else split_off
                 validation_batch_size = validation_batch_size or batch_size
                 order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch)
                 x, y, sample_weight, batch_size = order.dataset(), None, None, None
@@ -292,6 +294,14 @@ class ConfiguredModel(keras.Model):
     def get_weights(self):
         self.show_averages()
         return super().get_weights()
+
+    def set_weights(self, weights):
+        self.show_averages()  # training, and the average, go on from what is set where averages are shown
+        super().set_weights(weights)
+
+    def load_weights(self, *args, **kwargs):
+        self.show_averages()
+        super().load_weights(*args, **kwargs)
 
     def save(self, *args, **kwargs):
         self.show_averages()
@@ -389,7 +399,7 @@ def checked_labels(task, labels):
     if not good.all():
         first = int(np.argmin(good))
         raise ValueError(BAD_LABEL[task].format(first, flat[first]))
-    return array
+    return array.astype(np.float32) if array.dtype.kind == "b" else array
 
 
 def _as_column(y):

@@ -174,7 +174,7 @@ class ColumnDeepFM(ConfiguredModel):
     def _before_training(self, x):
         """Counts the features of the arrays, if that was asked for and has not been done."""
         lookups = [*self.plan.first_orders, *self.plan.lookups] if self._config["count_features"] else []
-        lookups = [part for part in lookups if int(part.source.samples[1]) == 0]
+        lookups = [part for part in lookups if not part.source.is_counted()]
         if not lookups:
             return
         if x is None:

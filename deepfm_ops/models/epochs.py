@@ -34,7 +34,7 @@ class EpochOrder:
         self._epoch, self._pass = epoch, 0
 
     def _shuffle(self):
-        """Draws the order of a pass that begins; an epoch of several passes has several orders."""
+        """Draws the order of a pass that begins."""
         self._order = np.random.default_rng((self.seed, self._epoch, self._pass)).permutation(self._length)
         self._pass += 1
         return np.int64(0)
@@ -76,7 +76,7 @@ def _dtype(array):
 
 def arrays_of(x, y, sample_weight):
     """(x, y, sample_weight), without those that are None, as NumPy arrays of one length; None if they are no arrays."""
-    nest = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    nest = _with_tuples(keras.utils.pack_x_y_sample_weight(x, y, sample_weight))
     leaves = keras.tree.flatten(nest)
     strange = (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset, keras.utils.PyDataset)
     if not leaves or any(isinstance(leaf, strange) or not hasattr(leaf, "__array__") for leaf in leaves):
@@ -85,6 +85,13 @@ def arrays_of(x, y, sample_weight):
     if not all(array.ndim and len(array) == len(arrays[0]) for array in arrays) or not len(arrays[0]):
         return None  # Keras has an error for them
     return keras.tree.pack_sequence_as(nest, arrays)
+
+
+def _with_tuples(nest):
+    """The nest with tuples for its lists, which tf.data takes for tensors."""
+    if isinstance(nest, dict):
+        return {key: _with_tuples(part) for key, part in nest.items()}
+    return tuple(map(_with_tuples, nest)) if isinstance(nest, list | tuple) else nest
 
 
 def split(arrays, validation_split):

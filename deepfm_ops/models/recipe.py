@@ -10,9 +10,12 @@ LOSS = {"binary": "binary_crossentropy", "regression": "mean_squared_error"}
 NAME = "recommended"
 
 
-def optimizer():
-    """The recommended optimizers: tables learn faster than dense weights, and averages of both are what predicts."""
-    average = {"use_ema": True, "ema_momentum": 0.999}
+def optimizer(variables=()):
+    """The recommended optimizers: tables learn faster than dense weights, and averages of both are what predicts.
+
+    Weights narrower than float32 have no averages.
+    """
+    average = {"use_ema": all(v.dtype in ("float32", "float64") for v in variables), "ema_momentum": 0.999}
     return CombinedOptimizer(LazyAdam(3e-3, rare_rate=4.0, **average), LazyAdam(5e-4, **average), name=NAME)
 
 
@@ -21,6 +24,7 @@ def batch_size(optimizer, num_samples):
 
     A power of two near num_samples^2 / 1.2e6, from 64 (under 10,000 samples) to 1,024 (from 30,000 on).
     """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that of a LossScaleOptimizer
     if getattr(optimizer, "name", None) != NAME:
         return None
     return 2 ** min(10, max(6, round(math.log2(max(1, num_samples) ** 2 / 1.2e6))))

@@ -314,3 +314,24 @@ def test_averages_that_cannot_be():
         optimizers.CombinedOptimizer(optimizers.LazyAdam(use_ema=True), keras.optimizers.Adam())
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope(), pytest.raises(ValueError, match="tf.distribute"):
         optimizers.LazyAdam(use_ema=True).build([keras.Variable(np.ones((3, 2), "f"))])
+
+
+@pytest.mark.parametrize("how", ["set_weights", "load_weights"])
+def test_weights_that_are_set_between_batches(how, tmp_path):
+    x, y = data()
+    model = make()
+    model.fit(x, y, epochs=2, verbose=0)
+    plain = DeepFM(60, 3, embedding_dim=4, hidden_units=(8,), seed=1)
+    plain.set_weights(model.get_weights())
+    plain.save_weights(tmp_path / "a.weights.h5")
+    for _ in range(5):
+        model.train_on_batch(x, y)
+    if how == "set_weights":
+        model.set_weights(plain.get_weights())
+    else:
+        model.load_weights(tmp_path / "a.weights.h5")
+    for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    model._hide_averages()
+    for a, b in zip(model.weights, plain.weights, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -455,3 +455,75 @@ def test_rows_of_rare_features_move_farther(backend, seen, monkeypatch):
     for wrong in (-1, np.nan, "much"):
         with pytest.raises(ValueError, match="rare_rate must be a number of at least 0"):
             optimizers.LazyAdam(rare_rate=wrong)
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda x: dict(zip(("indices", "values"), x, strict=True))])
+@pytest.mark.parametrize("labels", ["float32", "bool", "int64"])
+def test_forms_of_inputs_and_labels(form, labels):
+    x, y = data()
+    losses = []
+    for shuffle in (True, False):
+        model = DeepFM(60, 3, 4, (8,), seed=1)
+        model.compile(optimizers.SGD(0.0))
+        options = {"class_weight": {0: 1.0, 1: 2.0}, "validation_split": 0.25, "shuffle": shuffle, "verbose": 0}
+        losses.append(model.fit(form(x), y.astype(labels), batch_size=150, **options).history)
+    for name in losses[0]:
+        np.testing.assert_allclose(losses[0][name], losses[1][name], rtol=1e-5)
+
+
+def test_columns_that_were_not_counted_have_no_prior():
+    columns = [SparseFeat("u", 20, embedding_dim=4)]
+    x, y = {"u": np.arange(200) % 20}, np.arange(200) % 2
+    means = []
+    for count in (False, True):
+        model = DeepFM.from_columns(columns, columns, dnn_hidden_units=(8,), count_features=count)
+        model.compile(optimizers.CombinedOptimizer(optimizers.LazyAdam(0.01, rare_rate=4.0), optimizers.SGD(0.0)))
+        layer = model.get_layer("fm_0")
+        layer.w.assign(tf.ones_like(layer.w))
+        for _ in range(5):
+            model.train_on_batch(x, y)
+        means.append(layer.w.numpy())
+    np.testing.assert_allclose(*means, rtol=1e-5)
+    model.fit(x, y, verbose=0, validation_split=0.2)  # the 160 rows that it trains on are counted
+    assert layer.samples.numpy().tolist() == [160, 160] and layer.feature_counts.numpy().sum() == 160
+
+
+def test_the_batch_under_loss_scaling():
+    x, y = data(300)
+    with_policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = DeepFM(60, 3, 4, (8,))
+        model.compile()
+        model.fit(x, y, verbose=0)
+        assert int(model.optimizer.inner_optimizer.iterations) == 5
+    finally:
+        keras.config.set_dtype_policy(with_policy)
+    narrow = DeepFM(60, 3, 4, (8,), dtype="bfloat16")
+    narrow.compile()
+    assert not narrow.optimizer.use_ema
+
+
+def test_rates_keep_their_ratio_over_a_rate_of_zero():
+    optimizer = recipe.optimizer()
+    optimizer.learning_rate = 0.0
+    optimizer.learning_rate = 1e-3
+    assert float(optimizer.tables.learning_rate) == pytest.approx(6e-3)
+
+
+def test_parts_of_a_combined_optimizer_that_do_nothing():
+    x, y = data()
+    model = DeepFM(60, 3, 4, (8,))
+    for layer in model.layers:
+        layer.trainable = layer.name == "fm"
+    model.compile()
+    model.fit(x, y, verbose=0, batch_size=100)
+    assert int(model.optimizer.iterations) == 2
+    variables = [keras.Variable(np.ones((3, 2)), name="embeddings"), keras.Variable(np.ones(2))]
+    optimizer = optimizers.CombinedOptimizer("sgd", "sgd")
+    optimizer.apply([None, tf.ones(2)], variables)
+    np.testing.assert_array_equal(variables[0], np.ones((3, 2)))
+    with pytest.raises(ValueError, match="must be two optimizers"):
+        optimizers.CombinedOptimizer(optimizer, optimizer)
+    with pytest.raises(NotImplementedError, match="without SwapEMAWeights"):
+        print(recipe.optimizer()._model_variables_moving_average)
