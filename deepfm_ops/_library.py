@@ -19,7 +19,7 @@ from deepfm_ops.files import replacing
 KERAS_EXPORT = "keras.src.export"  # what Keras's export is made of
 BACKENDS = ("auto", "native", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in deepfm_ops's source)"
-_PORTABLE = contextvars.ContextVar("portable", default=False)
+_EXPORT = contextvars.ContextVar("export", default=None)  # "portable", "native", or None
 _PACKAGE = pathlib.Path(__file__).parent
 _SOURCES = _PACKAGE / "_csrc"  # there only if the op was left to its first use
 _LOGGER = logging.getLogger("deepfm_ops")
@@ -136,17 +136,21 @@ def _requested():
 
 
 @contextlib.contextmanager
-def portable():
-    """Inside, whatever the backend, a forward is of standard TensorFlow ops alone, and made for serving."""
-    token = _PORTABLE.set(True)
+def export(kind):
+    """Inside, a forward is made for serving; if it is "portable", of standard TensorFlow ops alone."""
+    token = _EXPORT.set(kind)
     try:
         yield
     finally:
-        _PORTABLE.reset(token)
+        _EXPORT.reset(token)
 
 
 def is_portable():
-    return _PORTABLE.get() or _is_exported_by_keras()
+    return _EXPORT.get() == "portable" or _is_exported_by_keras()
+
+
+def is_export():
+    return _EXPORT.get() is not None or _is_exported_by_keras()
 
 
 def _is_exported_by_keras():

@@ -118,11 +118,13 @@ class Averaging:
         decay = self._decay_so_far.numpy()
         shown = []
         for variable, lag in zip(self._trainable_variables, self._lags, strict=True):
+            mark = Fingerprint()
             for read, write in _chunks(variable.value, lag.value):
                 raw, late = read()
                 average = raw + late * tf.cast(decay, late.dtype)
                 write(average, raw)
-            shown.append(_fingerprint(variable.value))
+                mark.add(average)
+            shown.append(mark.total)
         self._shown_as.assign(shown)
         self._shown.assign(1)
 
@@ -132,7 +134,10 @@ class Averaging:
             return
         marks = self._shown_as.numpy()
         for variable, lag, mark in zip(self._trainable_variables, self._lags, marks, strict=True):
-            untouched = _fingerprint(variable.value) == mark
+            now = Fingerprint()
+            for read, _ in _chunks(variable.value):
+                now.add(*read())
+            untouched = now.total == mark
             for read, write in _chunks(variable.value, lag.value):
                 average, raw = read()
                 if untouched:
@@ -149,7 +154,7 @@ class Averaging:
 
     @property
     def _model_variables_moving_average(self):
-        raise NotImplementedError(  # an AttributeError would be hidden by hasattr
+        raise RuntimeError(  # Keras asks by hasattr, which would hide an AttributeError
             f"{type(self).__name__} keeps averages another way than Keras: show_averages() and hide_averages() "
             "exchange them, and a DeepFM's fit, evaluate and predict do so themselves, without SwapEMAWeights"
         )
@@ -174,14 +179,17 @@ def _chunks(*variables):
         )
 
 
-def _fingerprint(variable):
-    """A number that tells other contents, another order too: the sum of all elements' bits times odd numbers."""
-    total, first = np.int64(0), 0
-    integer = tf.int64 if variable.dtype == tf.float64 else tf.int32
-    for read, _ in _chunks(variable):
-        bits = tf.reshape(tf.cast(tf.bitcast(read()[0], integer), tf.int64), [-1])
-        odd = 2 * tf.range(first, first + tf.size(bits, tf.int64), dtype=tf.int64) + 1
+class Fingerprint:
+    """Tells other contents, another order too: the sum of all elements' bits times odd numbers, modulo 2^64."""
+
+    def __init__(self):
+        self.total = np.int64(0)
+        self._count = 0
+
+    def add(self, x):
+        """Goes on with the elements of a tensor."""
+        bits = tf.reshape(tf.cast(tf.bitcast(x, tf.int64 if x.dtype == tf.float64 else tf.int32), tf.int64), [-1])
+        odd = 2 * tf.range(self._count, self._count + tf.size(bits, tf.int64), dtype=tf.int64) + 1
         with np.errstate(over="ignore"):
-            total += tf.reduce_sum(bits * odd).numpy()
-        first += tf.size(bits).numpy()
-    return total
+            self.total += tf.reduce_sum(bits * odd).numpy()
+        self._count += int(tf.size(bits))

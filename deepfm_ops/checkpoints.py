@@ -7,6 +7,7 @@ import shutil
 
 import keras
 
+from deepfm_ops.combined import unscaled
 from deepfm_ops.files import to_disk
 
 WEIGHTS, STATE = "model.weights.h5", "state.json"
@@ -69,7 +70,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.model._initial_epoch = None
 
     def _optimizer(self):
-        optimizer = self.model.optimizer
+        optimizer = unscaled(self.model.optimizer)
         parts = [getattr(optimizer, name) for name in ("tables", "dense") if hasattr(optimizer, name)]
         kinds = [type(part).__name__ for part in (optimizer, *parts)]
         return " ".join(kinds) + (" with averages" if optimizer.use_ema else "")

@@ -63,6 +63,7 @@ class _SparseLayer(keras.layers.Layer):
     def build(self, input_shape=None):
         if self._counts is None:
             return
+        num_counted = (self.num_samples or 0) if self._counts.any() else NOT_COUNTED
         # Weights, as they belong to what was learned: a model that is trained further goes on counting.
         self.feature_counts = self.add_weight(
             name="feature_counts",
@@ -75,13 +76,9 @@ class _SparseLayer(keras.layers.Layer):
             name="samples",  # seen in training, and counted (0: not known how many; NOT_COUNTED: no counts yet)
             shape=(2,),
             dtype="int64",
-            initializer=lambda shape, dtype: tf.constant([0, self._num_counted()], dtype),
+            initializer=lambda shape, dtype: tf.constant([0, num_counted], dtype),
             trainable=False,
         )
-
-    def _num_counted(self):
-        known = self._counts is not None and self._counts.any()
-        return (self.num_samples or 0) if known else NOT_COUNTED
 
     def is_counted(self):
         """Whether the layer has counts other than the zeros that it may be made with, to be counted later."""
@@ -103,31 +100,28 @@ class _SparseLayer(keras.layers.Layer):
             regularizer=regularizer,
             autocast=False,
         )
-        table.is_table = True  # optimizers ask for both
-        table.feature_counts, table.first_pass, table.are_counted = (
-            self.feature_counts,
-            self._first_pass,
-            self._are_counted,
-        )
+        table.row_counts = self._row_counts  # that marks it as a table: optimizers ask
         return table
 
-    def _first_pass(self):
-        """The share of the first pass that is done, in training."""
+    def _row_counts(self):
+        """(counts, 1.0 or, where they are not counted yet, 0.0, share of the first pass that is done), or None."""
+        if self.feature_counts is None or self.samples is None:
+            return None
         seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples.value), tf.float32))
-        return tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
-
-    def _are_counted(self):
-        return tf.not_equal(self.samples.value[1], NOT_COUNTED)
+        first_pass = tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
+        is_counted = tf.cast(tf.not_equal(counted, NOT_COUNTED), tf.float32)
+        return tf.convert_to_tensor(self.feature_counts.value), is_counted, first_pass
 
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
-        if self.feature_counts is None:
+        row_counts = None if _library.is_export() else self._row_counts()
+        if row_counts is None:
             return reference.Penalty(l2, l2_linear)
-        softness = tf.where(self._first_pass() < 1, SOFTNESS, 0.0)
-        precisions = tf.where(self._are_counted(), [_precision(prior), _precision(prior_linear)], [0.0, 0.0])
-        priors = tf.concat([precisions, [softness]], 0)
+        table, is_counted, first_pass = row_counts
+        softness = tf.where(first_pass < 1, SOFTNESS, 0.0)
+        priors = tf.stack([_precision(prior) * is_counted, _precision(prior_linear) * is_counted, softness])
         if training:
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
-        return reference.Penalty(l2, l2_linear, tf.convert_to_tensor(self.feature_counts.value), priors)
+        return reference.Penalty(l2, l2_linear, table, priors)
 
     def _interaction(self, table, inputs, output, training, penalties, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)

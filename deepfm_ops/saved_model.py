@@ -1,6 +1,5 @@
 """A trained model as a SavedModel."""
 
-import contextlib
 import re
 
 import keras
@@ -64,10 +63,10 @@ def export(model, path, portable=True, *, features=None):
             inputs = keras.tree.pack_sequence_as(model.input, [inputs[x.name] for x in model.inputs])
         return {"score": model(inputs, training=False)}
 
-    with _library.portable() if portable else contextlib.nullcontext():
+    with _library.export("portable" if portable else "native"):
         signature = score.get_concrete_function()
     module = tf.Module()  # what the signature uses must hang on it
-    module.parts = [variable.value for variable in model.variables], _resources(model), encoder
+    module.parts = [variable.value for variable in _served(model)], _resources(model), encoder
     tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
 
 
@@ -84,6 +83,13 @@ def _check_names(names):
             raise ValueError(
                 f"inputs {seen[name.lower()]!r} and {name!r} differ in case alone, which a SavedModel cannot"
             )
+
+
+def _served(model):
+    """The model's variables without those that training alone needs."""
+    layers = [vars(layer) for layer in model._flatten_layers()]
+    counts = {id(parts.get(name)) for parts in layers for name in ("feature_counts", "samples")}
+    return [variable for variable in model.variables if id(variable) not in counts]
 
 
 def _resources(model):

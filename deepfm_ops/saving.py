@@ -25,7 +25,7 @@ HOME = {
     "RowWiseAdagrad": "optimizers",
     "LazyAdam": "optimizers",
     "Ftrl": "optimizers",
-    "CombinedOptimizer": "optimizers",
+    "CombinedOptimizer": "combined",
 }
 MODELS = ("DeepFM", "ColumnDeepFM")  # an .h5 file names a model's class alone, without the package
 

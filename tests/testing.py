@@ -77,3 +77,15 @@ def run_python(code, folder=None, **environment):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def skewed(rows=200, features=60, seed=0):
+    """(indices, values), labels of random samples of three fields."""
+    r = np.random.default_rng(seed)
+    indices = (features * r.random((rows, 3)) ** 2).astype(np.int64)  # some features often, some hardly ever
+    return (indices, r.normal(size=(rows, 3)).astype("f")), r.integers(0, 2, (rows, 1)).astype("f")
+
+
+def counts_of(indices, values, features=60):
+    """How often each feature occurs, with a value other than zero."""
+    return np.bincount(indices[values != 0], minlength=features)

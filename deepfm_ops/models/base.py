@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments
+from deepfm_ops.combined import unscaled
 from deepfm_ops.models import epochs as epochs_
 from deepfm_ops.models import recipe
 
@@ -252,8 +253,7 @@ class ConfiguredModel(keras.Model):
 
     def _averaging(self):
         """The optimizer, if it keeps averages of the weights that can be shown, or None."""
-        optimizer = getattr(self, "optimizer", None)
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that of a LossScaleOptimizer
+        optimizer = unscaled(getattr(self, "optimizer", None))
         return optimizer if getattr(optimizer, "use_ema", False) and hasattr(optimizer, "show_averages") else None
 
     def show_averages(self):

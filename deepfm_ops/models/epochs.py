@@ -19,24 +19,19 @@ class EpochOrder:
         steps_per_epoch: or None.
 
     Attributes:
-        seed: what the orders follow from, together with the epoch.
+        seed, epoch: what an order follows from.
 
     """
 
     def __init__(self, arrays, batch_size, steps_per_epoch=None):
         self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
-        self._epoch, self._pass, self._order = 0, 0, np.arange(0)
+        self.epoch, self._order = 0, np.arange(0)
         self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
         self._length = len(self._arrays[0])
         self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)
 
-    def begin(self, epoch):
-        self._epoch, self._pass = epoch, 0
-
     def _shuffle(self):
-        """Draws the order of a pass that begins."""
-        self._order = np.random.default_rng((self.seed, self._epoch, self._pass)).permutation(self._length)
-        self._pass += 1
+        self._order = np.random.default_rng((self.seed, self.epoch)).permutation(self._length)
         return np.int64(0)
 
     def _batch(self, start):
@@ -125,7 +120,7 @@ class EpochCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.order is not None:
-            self.order.begin(epoch)
+            self.order.epoch = epoch
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.show_averages()

@@ -203,8 +203,10 @@ class DeepFM(ConfiguredModel):
             return
         indices, values = (x["indices"], x["values"]) if isinstance(x, dict) else x
         known = known.numpy()
-        occurring, wrong = np.zeros(len(known), bool), (indices < 0) | (indices >= len(known))
-        occurring[indices[(values != 0) & ~wrong]] = True  # the op says which are wrong
+        occurring = np.zeros(len(known), bool)
+        for start in range(0, len(indices), CHECKED_ROWS):
+            some = indices[start : start + CHECKED_ROWS][values[start : start + CHECKED_ROWS] != 0]
+            occurring[some[(some >= 0) & (some < len(known))]] = True  # the op says which are out of range
         missed = np.flatnonzero(occurring & (known == 0))
         if missed.size:
             self._uncounted_said = True

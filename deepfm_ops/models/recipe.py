@@ -2,7 +2,8 @@
 
 import math
 
-from deepfm_ops.optimizers import CombinedOptimizer, LazyAdam
+from deepfm_ops.combined import CombinedOptimizer, unscaled
+from deepfm_ops.optimizers import LazyAdam
 
 HIDDEN_UNITS = (256, 128)
 EMBEDDING_PRIOR, LINEAR_PRIOR = 0.05, 0.3  # deviations
@@ -24,7 +25,6 @@ def batch_size(optimizer, num_samples):
 
     A power of two near num_samples^2 / 1.2e6, from 64 (under 10,000 samples) to 1,024 (from 30,000 on).
     """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # that of a LossScaleOptimizer
-    if getattr(optimizer, "name", None) != NAME:
+    if getattr(unscaled(optimizer), "name", None) != NAME:
         return None
     return 2 ** min(10, max(6, round(math.log2(max(1, num_samples) ** 2 / 1.2e6))))

@@ -261,7 +261,7 @@ def test_a_plain_keras_model_ends_with_its_averages():
     assert np.abs(model.trainable_variables[0].numpy() - finals[-1]).max() > 1e-3
     assert not model.optimizer.averages_are_shown
     model.fit(x[0], y, epochs=1, verbose=0)
-    with pytest.raises(NotImplementedError, match="without SwapEMAWeights"):
+    with pytest.raises(RuntimeError, match="without SwapEMAWeights"):
         model.fit(x[0], y, verbose=0, validation_data=(x[0], y), callbacks=[keras.callbacks.SwapEMAWeights()])
 
 
