@@ -86,7 +86,8 @@ class BuildNative(build_ext):
         includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         objects = ROOT / "build" / f"python-{sysconfig.get_config_var('SOABI')}"
         module = build.compile_folder(ROOT / "csrc" / "python", objects, ["-fvisibility=hidden", *includes])
-        build.link(self.library("_kernels"), [*module, *kernels, "-pthread"])
+        tables = build.compile_folder(ROOT / "csrc" / "tables", ROOT / "build" / "tables")
+        build.link(self.library("_kernels"), [*module, *tables, *kernels, "-pthread"])
 
     def build_op(self, kernels):
         library, tensorflow = self.library("_native"), build.find_tensorflow()

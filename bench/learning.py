@@ -113,10 +113,16 @@ def encoded(table, is_test, min_count=1, **columns):
         mean, deviation = train[name].mean(), train[name].std()
         train[name], table[name] = (train[name] - mean) / deviation, (table[name] - mean) / deviation
     features = FeatureDictionary().fit(train, **columns)
-    fields = {key: np.array([field[key] for field in features.fields]) for key in ("size", "start", "kind")}
-    sizes = np.array([len(field["values"]) for field in features.fields])
+    # The peers have a table per field, so a field's numbers follow each other here.
+    of_field = [features.indices(field.name) for field in features.fields]
+    sizes = np.array([len(numbers) for numbers in of_field])
+    starts = 1 + np.cumsum(sizes) - sizes
+    renumbered = np.zeros(features.num_features, np.int64)
+    renumbered[np.concatenate(of_field)] = np.arange(1, features.num_features)
+    indices, values = features.transform(table)
+    kinds, columns = np.array([field.kind for field in features.fields]), np.array(features.field_sizes)
     labels = table["label"].to_numpy(np.float32)
-    return Data(*features.transform(table), labels, part, fields["size"], fields["start"], sizes, fields["kind"])
+    return Data(renumbered[indices], values, labels, part, columns, starts, sizes, kinds)
 
 
 def movielens():

@@ -103,6 +103,12 @@ class _SparseLayer(keras.layers.Layer):
         table.row_counts = self._row_counts  # that marks it as a table: optimizers ask
         return table
 
+    def tables(self):
+        """(weight, its initializer) of each table [V, n]."""
+        pairs = ("embeddings", "embeddings_initializer"), ("w", "linear_initializer"), ("w", "weights_initializer")
+        found = [(getattr(self, table, None), getattr(self, initializer, None)) for table, initializer in pairs]
+        return [(table, initializer) for table, initializer in found if table is not None and initializer is not None]
+
     def _row_counts(self):
         """(counts, 1.0 or, where they are not counted yet, 0.0, share of the first pass that is done), or None."""
         if self.feature_counts is None or self.samples is None:

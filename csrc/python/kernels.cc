@@ -15,12 +15,15 @@
 
 #include "../kernels/cpu_kernels.h"
 #include "../kernels/fm.h"
-#include "fingerprint.h"
+#include "../tables/fingerprint.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
 
 namespace deepfm {
+
+void BindTables(py::module_& parent);  // tables.cc
+
 namespace {
 
 std::string ShapeOf(const py::array& array) { return py::str(array.attr("shape")); }
@@ -428,4 +431,5 @@ Raises:
       },
       "name"_a,
       "Uses that build of the loops from now on, in this module. Raises ValueError if the machine cannot run it.");
+  deepfm::BindTables(m);
 }

@@ -78,27 +78,6 @@ def is_integer(text):
     return digits.isascii() and digits.isdigit() and (digits[0] != "0" or text == "0")
 
 
-def in_order(texts):
-    """Sorted so that equal data give equal numbers in every process: numbers by value, then text."""
-
-    def key(category):
-        number = _number(category)
-        return (0, number, category) if number is not None else (1, 0, category)
-
-    return sorted(texts, key=key)
-
-
-def _number(category):
-    """The number whose canonical text this is, or None."""
-    if is_integer(category):
-        return int(category) if len(category) < 4000 else None  # Python refuses to read more
-    try:
-        number = float(category)
-    except ValueError:
-        return None
-    return number if number == number and str(number) == category else None
-
-
 def first_unusable(numbers, allow_missing=False):
     """The position, a tuple, of the first number that would make a loss NaN; None if there is none.
 
@@ -115,7 +94,7 @@ def first_unusable(numbers, allow_missing=False):
     return tuple(np.argwhere(bad)[0].tolist()) if bad.any() else None
 
 
-def checked_numbers(name, numbers, cells, nonfinite="error"):
+def checked_numbers(name, numbers, cells, nonfinite="error", place="row {}".format):
     """The numbers of a column, NaN where they are missing, once none of them can make a loss NaN.
 
     Args:
@@ -123,6 +102,7 @@ def checked_numbers(name, numbers, cells, nonfinite="error"):
         numbers: float64 [n].
         cells: function that returns the column as it was given, for the error.
         nonfinite: "error", or "missing": a number that cannot be used counts as missing.
+        place: function of a row that says where it is, for the error.
 
     Raises:
         ValueError: an infinity, or a number beyond 2^32, by row and column.
@@ -134,4 +114,6 @@ def checked_numbers(name, numbers, cells, nonfinite="error"):
     if nonfinite == "missing":
         return np.where(np.abs(numbers) > LARGEST, np.nan, numbers)
     shown = str(cells()[bad[0]])
-    raise ValueError(f"column {name!r}, row {bad[0]}: {shown if len(shown) < 40 else shown[:36] + ' ...'} {UNUSABLE}")
+    raise ValueError(
+        f"column {name!r}, {place(bad[0])}: {shown if len(shown) < 40 else shown[:36] + ' ...'} {UNUSABLE}"
+    )

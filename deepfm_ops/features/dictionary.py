@@ -3,40 +3,54 @@
 `transform` is the encoding on NumPy; `dictionary_tensorflow` is its other side.
 """
 
-import bisect
-import collections
+import base64
+import copy
+import dataclasses
 import itertools
 import json
 import operator
+import os
 import pathlib
 import warnings
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
 
-from deepfm_ops.features import cells
+from deepfm_ops.features import cells, dictionary_file
 from deepfm_ops.features import counts as counts_
+from deepfm_ops.features.fields import KINDS, TRANSFORMS, Field, Learner, dtype_of
 from deepfm_ops.features.tables import Table
-from deepfm_ops.files import replacing
+from deepfm_ops.features.vocabulary import DTYPES, NO_TEXT, Vocabulary, native
 
-KINDS = ("categorical", "numeric", "multivalued")
 NONFINITE = ("error", "missing")
+MOST_FIELDS = np.iinfo(np.uint16).max
 
 
 class FeatureDictionary:
-    """Numbers the features of a table: one index per category and one per numeric column.
+    """Numbers the features of a table or of files: one index per category, one per numeric column.
 
-    Index 0 stands for everything that is missing or was not seen by `fit`, with value 0: it adds nothing
-    to a factorization machine. Categories have value 1, numeric columns their number as it is (scale them
-    before: a factorization machine multiplies them with each other), and the n known values of a
-    multivalued entry 1/n each.
+    Index 0 stands for everything that is missing, with value 0: it adds nothing to a factorization machine. Categories
+    have value 1, numeric columns their number as it is or transformed (a factorization machine multiplies them with
+    each other, so large ones want to be), and the n known values of a multivalued entry 1/n each. Indices are given in
+    the order of falling counts, so that rows that are used often lie together; equal counts in the order of the
+    columns, and then of the texts' bytes.
 
     A category is its canonical text, whatever type it comes in: 7, 7.0, "7", b"7" and numpy.int64(7) are one, "007" is
-    another. Bytes are UTF-8.
+    another. Bytes are UTF-8. Values are told apart by 64 bits of (column, text): that any two of n share them, and then
+    their index, has a probability near n^2 / 2^65, 3e-5 for 34 million.
 
     Args:
+        min_count: values that `fit`, or one `update`, sees less often have no index of their own.
         nonfinite: what an infinity, a NaT or a number beyond 2^32 in a numeric column is: "error" (a ValueError that
             names row and column), or "missing".
+        unseen: whether every column of categories has an index for the values that have none of their own, which is
+            trained on those below `min_count`, apart from what is missing. None: if `min_count` is more than 1. False:
+            they count as missing.
+        keep_texts: whether the values' texts are kept, for `name`, `values` and SavedModels. False: their keys alone.
+        sketch_bytes: memory of a sketch that values have to pass before they get memory of their own, where there are
+            too many to count them all: 1 << 28 for 30 million. It lets a few through that occurred less often than
+            `min_count`, never keeps one back. None: counts are exact.
 
     Example:
         >>> import pandas as pd
@@ -44,41 +58,51 @@ class FeatureDictionary:
         >>> features = FeatureDictionary().fit(df, categorical=["city"], numeric=["age"], multivalued=["tags"])
         >>> indices, values = features.transform(df)
         >>> indices.tolist()
-        [[2, 3, 4, 5], [1, 3, 5, 0]]
+        [[4, 1, 5, 2], [3, 1, 2, 0]]
         >>> values.tolist()
         [[1.0, 0.30000001192092896, 0.5, 0.5], [1.0, 0.5, 1.0, 0.0]]
-        >>> features.index("city", "Rome"), features.name(2)
-        (2, ('city', 'Rome'))
+        >>> features.index("city", "Rome"), features.name(4)
+        (4, ('city', 'Rome'))
 
     Attributes:
         num_features: number of indices, 0 included: the `num_features` of the layers and models.
         field_sizes: columns of the matrices per field: 1, or the longest entry seen of a multivalued one.
         num_fields: number of fields, as `DeepFM(..., field_sizes=...)` counts them.
         num_columns: columns of the matrices, the sum of field_sizes.
-        counts: int64 [num_features], how often each feature occurs in what `fit` saw, with a value other than zero;
-            index 0, which has none, is 0. None: the dictionary was saved by an older version.
-        num_samples: rows that `fit` saw; None likewise.
+        fields: list of `fields.Field`, in the order categorical, numeric, multivalued.
+        counts: int64 [num_features], how often each feature occurred in what `fit` and `update` saw, with a value other
+            than zero (of quantile buckets beyond 131,072 numbers: an estimate); index 0, which has none, is 0. None:
+            the dictionary was saved by an older version.
+        num_samples: rows that `fit` and `update` saw; None likewise.
+        num_skipped: records that the last `fit` or `update` left out with on_bad="skip".
 
     """
 
-    FORMAT = 2
-    counts = num_samples = None  # of one that an older version pickled
+    FORMAT = 3
 
-    def __init__(self, nonfinite="error"):
+    def __init__(self, min_count=1, nonfinite="error", *, unseen=None, keep_texts=True, sketch_bytes=None):
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
-        self.nonfinite = nonfinite
-        # In the order of the columns: "name", "kind", "size", "start", "values" (canonical texts; None: an index that
-        # nothing has) and "dtype" ("text", "integer", "fraction" or "boolean": what the categories came as).
-        self.fields = []
-        self._index_of = {}  # {name of a field: {text: index}}, made when first needed
-        self.num_features = 1
-        self.separator = "|"
-        self.counts = self.num_samples = None
+        if not isinstance(min_count, int | np.integer) or min_count < 1:
+            raise ValueError(f"min_count must be a whole number from 1 on, got {min_count!r}")
+        if sketch_bytes is not None and not 64 <= sketch_bytes <= 1 << 40:
+            raise ValueError(f"sketch_bytes must be from 64 on, got {sketch_bytes!r}")
+        if sketch_bytes is not None and min_count > 255:
+            raise ValueError(f"with a sketch min_count may be 255 at most, got {min_count}")
+        self.min_count, self.nonfinite = int(min_count), nonfinite
+        self.unseen = min_count > 1 if unseen is None else bool(unseen)
+        self.keep_texts, self.sketch_bytes = bool(keep_texts), sketch_bytes
+        self.fields, self.label, self.separator = [], None, "|"
+        self.vocabulary = Vocabulary.empty(self.keep_texts)
+        self.num_samples, self.num_skipped = None, 0
+
+    @property
+    def num_features(self):
+        return self.vocabulary.size
 
     @property
     def field_sizes(self):
-        return [field["size"] for field in self.fields]
+        return [field.size for field in self.fields]
 
     @property
     def num_fields(self):
@@ -88,91 +112,208 @@ class FeatureDictionary:
     def num_columns(self):
         return sum(self.field_sizes)
 
-    def fit(self, df, categorical=(), numeric=(), multivalued=(), separator="|"):
-        """Learns the features of a table.
+    @property
+    def counts(self):
+        return None if self.num_samples is None else self.vocabulary.counts
+
+    def fit(
+        self,
+        source,
+        categorical=(),
+        numeric=(),
+        multivalued=(),
+        label=None,
+        separator="|",
+        *,
+        hash_buckets=None,
+        max_length=None,
+        weighted=(),
+        on_bad="error",
+    ):
+        """Learns the features of tables or files, in one pass; what was learned before is forgotten.
 
         Args:
-            df: a pandas or polars DataFrame, a pyarrow Table, or a dict of equally long arrays, lists or tensors.
+            source: a pandas or polars DataFrame, a pyarrow Table, or a dict of equally long arrays, lists or tensors;
+                an iterable of such tables; or files, see `data.files`: a path, a glob or a list of them.
             categorical: name or names of columns of strings, numbers or booleans; NaN, NaT and None are missing.
-            numeric: name or names of columns of numbers; NaN and None are missing.
+            numeric: name or names of columns of numbers; NaN and None are missing. Or {name: how the numbers enter}:
+                "identity"; "log1p": log(1 + |x|) with x's sign; "standardize": (x - mean) / standard deviation;
+                "quantiles": one of 32 buckets of equally many numbers, each with an index.
             multivalued: name or names of columns of lists (ragged and sparse tensors too), or of strings to be split at
                 `separator`.
+            label: name of the column of labels, for `stream`.
             separator: between the values of a multivalued string; None: blanks.
+            hash_buckets: {name: buckets} of categorical or multivalued columns that shall have no vocabulary: a value's
+                index is its hash's (TensorFlow's to_hash_bucket_fast).
+            max_length: {name: n}, or n for all multivalued columns: the first n values of an entry count. None: as many
+                as the longest entry has; one of more than 1,024 is an error.
+            weighted: name or names of the multivalued columns whose values carry weights, "drama:0.7|war:0.3", which
+                are the features' values.
+            on_bad: "error", or "skip": records of files that cannot be read are left out, and counted in `num_skipped`.
 
         Returns:
             self.
 
         Raises:
-            KeyError: a column that df does not have.
+            KeyError: a column that the source does not have.
             ValueError: no rows, no columns, a column named twice, columns of unequal length, bytes that are not UTF-8,
-                or a number that cannot be trained on (see `nonfinite`).
+                a number that cannot be trained on (see `nonfinite`), a record of a file that cannot be read: by file,
+                line and column.
             TypeError: something that is no table, or values that cannot be categories or numbers.
+            FileNotFoundError: no such file, or a glob that finds none.
 
         """
-        kinds = {"categorical": categorical, "numeric": numeric, "multivalued": multivalued}
-        categorical, numeric, multivalued = (_names(kind, names) for kind, names in kinds.items())
-        names = [*categorical, *numeric, *multivalued]
-        if not names:
-            raise ValueError("fit needs at least one column name")
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"columns named more than once: {repeated}")
-        if separator is not None and not (isinstance(separator, str) and separator):
-            raise ValueError(f"separator must be text, or None for blanks, got {separator!r}")
-        table = Table(df, names, record=False)
-        if table.num_rows == 0:
+        hash_buckets = dict(hash_buckets or {})
+        transforms = (
+            dict(numeric) if isinstance(numeric, dict) else dict.fromkeys(_names("numeric", numeric), "identity")
+        )
+        multivalued, weighted = _names("multivalued", multivalued), _names("weighted", weighted)
+        categorical = _names("categorical", categorical)
+        categorical += [name for name in hash_buckets if name not in (*categorical, *multivalued)]
+        names = [*categorical, *transforms, *multivalued]
+        _check_names(names, label)
+        lengths = max_length if isinstance(max_length, dict) else dict.fromkeys(multivalued, max_length)
+        _check_options(transforms, multivalued, hash_buckets, lengths, weighted, separator)
+        fields = []
+        for number, name in enumerate(names, 1):
+            if name in transforms:
+                fields.append(Field(name, "numeric", number, transform=transforms[name]))
+            else:
+                field = Field(name, "multivalued" if name in multivalued else "categorical", number)
+                field.buckets, field.max_length = hash_buckets.get(name), lengths.get(name)
+                field.weighted = name in weighted
+                fields.append(field)
+        fresh = copy.copy(self)  # so that a column that fails leaves this dictionary as it was
+        fresh.fields, fresh.label, fresh.separator = fields, label, separator
+        fresh.vocabulary, fresh.num_samples = Vocabulary.empty(self.keep_texts), 0
+        learners, counts, rows = fresh._see(source, on_bad)
+        if rows == 0:
             raise ValueError("cannot fit on a table without rows")
-        fresh = FeatureDictionary()  # so that a column that fails leaves this dictionary as it was
-        fresh._counted = []
-        for name in categorical:
-            kinds, texts = set(), collections.Counter()
-            for value in table.cells(name):
-                if not cells.is_missing(value):
-                    text = cells.category(value, name)
-                    texts[text] += 1
-                    kinds.add(cells.kind(value, text))
-            fresh._add_counted(name, "categorical", 1, texts, _dtype(kinds))
-        for name in numeric:
-            numbers = self._numbers(table, name)
-            present = int(np.count_nonzero(numbers[~np.isnan(numbers)]))
-            fresh._add_counted(name, "numeric", 1, {name: present}, None)
-        for name in multivalued:
-            entries = [[cells.category(x, name) for x in entry] for entry in table.entries(name, separator)]
-            texts = collections.Counter(itertools.chain.from_iterable(entries))
-            fresh._add_counted(name, "multivalued", max(1, *map(len, entries)), texts, "text")
-        self.fields, self.num_features, self.separator = fresh.fields, fresh.num_features, separator
-        self.counts, self.num_samples = np.concatenate([[0], *fresh._counted]), table.num_rows
-        self._index_of = {}
+        fresh.fields = [learner.learned() for learner in learners]
+        values, others, owners = [], [], []
+        for field, learner in zip(fresh.fields, learners, strict=True):
+            if field.has_values:
+                found, rest = learner.values()
+                values.append(found)
+                if self.unseen:
+                    owners.append((field, "unseen"))
+                    others.append((field.number, rest))
+            elif field.kind == "numeric" and field.transform != "quantiles":
+                owners.append((field, "start"))
+                others.append((field.number, learner.present))
+        fresh.vocabulary, places = fresh.vocabulary.with_values(values, others)
+        for (field, attribute), place in zip(owners, places, strict=True):
+            setattr(field, attribute, place)
+        for field, learner in zip(fresh.fields, learners, strict=True):
+            block = learner.block(field)
+            if block is not None:
+                fresh.vocabulary, field.start = fresh.vocabulary.with_block(field.number, block)
+        fresh.num_samples = rows
+        self.__dict__.update(fresh.__dict__)
         return self
 
-    def _indices(self, field):
-        """{text: index} of a field."""
-        name = field["name"]
-        if name not in self._index_of:
-            known = enumerate(field["values"], field["start"])
-            self._index_of[name] = {text: index for index, text in known if text is not None}
-        return self._index_of[name]
+    def update(self, source, *, on_bad="error"):
+        """Learns the values of more tables or files: new ones get indices, old ones keep theirs.
 
-    def _add_counted(self, name, kind, size, counted, dtype):
-        """Adds a field of the values in {value: how often it occurs}."""
-        values = list(counted) if kind == "numeric" else cells.in_order(set(counted))
-        self._counted.append(np.array([counted[value] for value in values], np.int64))
-        self._add(name, kind, size, values, dtype)
+        New values that occur `min_count` times in this source get indices in the order of falling counts: first those
+        that `evict` freed, then new ones at the end. Counts and `num_samples` grow. What `fit` learned of numbers, and
+        the lengths of entries, stay. `DeepFM.resize` makes a model follow.
 
-    def _add(self, name, kind, size, values, dtype):
-        start = self.num_features
-        self.fields.append({"name": name, "kind": kind, "size": size, "start": start, "values": values, "dtype": dtype})
-        self.num_features += len(values)
+        Args:
+            source: as for `fit`, with the columns that it was given.
+            on_bad: as for `fit`.
 
-    def transform(self, df):
-        """The feature matrices of a table.
+        Returns:
+            self.
+
+        Raises:
+            ValueError: not fitted, or saved by an older version, without counts; else what `fit` raises, and then
+                nothing has changed.
+
+        """
+        self._require_fit()
+        if self.num_samples is None:
+            raise ValueError("this dictionary was saved by an older version, without counts: fit it again to update it")
+        fresh = copy.copy(self)
+        learners, counts, rows = fresh._see(source, on_bad)
+        values, seen = [], counts != self.vocabulary.counts
+        for field, learner in zip(self.fields, learners, strict=True):
+            if field.has_values:
+                found, rest = learner.values()
+                values.append(found)
+                if field.unseen:
+                    counts[field.unseen] += rest
+            elif field.kind == "numeric" and field.transform != "quantiles":
+                counts[field.start] += learner.present
+            else:
+                block = learner.block(field)
+                counts[field.start : field.start + len(block)] += block
+        fresh.vocabulary, _ = self.vocabulary.with_values(values, counts=counts, seen=seen)
+        fresh.num_samples = self.num_samples + rows
+        self.__dict__.update(fresh.__dict__)
+        return self
+
+    def evict(self, unused_for):
+        """Frees the indices of the values that the last `unused_for` updates did not see.
+
+        A freed value is an unseen one. Its index goes to a value of a later `update`; `DeepFM.resize` gives that a
+        fresh row.
+
+        Args:
+            unused_for: number of updates, from 1 on.
+
+        Returns:
+            int, how many were freed.
+
+        """
+        self._require_fit()
+        if not isinstance(unused_for, int | np.integer) or unused_for < 1:
+            raise ValueError(f"unused_for must be a number of updates from 1 on, got {unused_for!r}")
+        vocabulary = self.vocabulary
+        with_values = [field.number for field in self.fields if field.has_values]
+        kept = np.isin(vocabulary.columns, with_values, invert=True)
+        kept[[0, *(field.unseen for field in self.fields)]] = True
+        freed = np.flatnonzero(~kept & (vocabulary.generation - vocabulary.seen >= unused_for))
+        if len(freed):
+            self.vocabulary = vocabulary.without(freed)
+        return len(freed)
+
+    def _see(self, source, on_bad):
+        """(what each field saw, counts of the known values, rows) of a source."""
+        from deepfm_ops.data import sources
+
+        sketch = None if self.sketch_bytes is None else native.Sketch(self.sketch_bytes)
+        learners = [Learner(field, self.keep_texts, sketch, self.min_count) for field in self.fields]
+        counts, rows = np.array(self.vocabulary.counts), 0
+        reading = sources.Reading(source, self.needs(), on_bad, self.nonfinite)
+        for table in reading.tables():
+            rows += table.num_rows
+            for learner in learners:
+                learner.see(table, self.vocabulary, counts, self.nonfinite, self.separator)
+        self.num_skipped = reading.bad.count
+        return learners, counts, rows
+
+    def needs(self, label=False):
+        """{column: what is read of it}: "text", "entries" or "numbers"; with the labels, if asked for."""
+        kinds = {"categorical": "text", "multivalued": "entries", "numeric": "numbers"}
+        found = {field.name: kinds[field.kind] for field in self.fields}
+        return found | ({self.label: "label"} if label else {})
+
+    def _require_fit(self):
+        if not self.fields:
+            raise ValueError("fit or load the FeatureDictionary first")
+
+    def transform(self, df, *, on_bad="error", threads=None):
+        """The feature matrices of a table, or of files that fit in memory.
 
         Of a multivalued entry, as many known values count as the longest one in `fit` had. Where more than half of the
         categories of a column are unknown, and `fit` saw some, a warning names the column and three of them.
 
         Args:
-            df: a table with the columns that `fit` was given, as for `fit`; other columns are ignored. A dict of plain
-                values, one for each column, is a table of one row.
+            df: a table with the columns that `fit` was given, tables or files, as for `fit`; other columns are ignored.
+                A dict of plain values, one for each column, is a table of one row.
+            on_bad: as for `fit`.
+            threads: that look values up; None: all of the machine's.
 
         Returns:
             indices: int64 [rows, num_columns], in [0, num_features).
@@ -184,104 +325,112 @@ class FeatureDictionary:
             TypeError: something that is no table, or values that cannot be numbers.
 
         """
-        indices, values, unknown = self.encode(df)
+        from deepfm_ops.data import sources
+
+        self._require_fit()
+        if not sources.is_more_than_a_table(df):
+            indices, values, unknown = self.encode(df, threads)
+        else:
+            parts, unknown = [], {}
+            reading = sources.Reading(df, self.needs(), on_bad, self.nonfinite, dictionaries=True)
+            for table in reading.tables():
+                *part, warned = self.encode_table(table, threads)
+                parts.append(part)
+                unknown |= warned
+            self.num_skipped = reading.bad.count
+            empty = np.zeros((0, self.num_columns))
+            indices = np.concatenate([part[0] for part in parts] or [empty.astype(np.int64)])
+            values = np.concatenate([part[1] for part in parts] or [empty.astype(np.float32)])
         for message in unknown.values():
             warnings.warn(message, stacklevel=2)
         return indices, values
 
-    def encode(self, df):
+    def encode(self, df, threads=1):
         """`transform` that warns nobody: (indices, values, {name of a column that is mostly unknown: what to say})."""
-        if not self.fields:
-            raise ValueError("fit or load the FeatureDictionary first")
-        lists = [field["name"] for field in self.fields if field["kind"] == "multivalued"]
-        table = Table(df, [field["name"] for field in self.fields], lists)
-        rows = table.num_rows
-        indices = np.zeros((rows, self.num_columns), np.int64)
-        values = np.zeros((rows, self.num_columns), np.float32)
+        self._require_fit()
+        lists = [field.name for field in self.fields if field.kind == "multivalued"]
+        return self.encode_table(Table(df, [field.name for field in self.fields], lists), threads)
+
+    def encode_table(self, table, threads=1):
+        """`encode` of a table that was read already."""
+        threads = (os.cpu_count() or 1) if threads is None else threads
+        indices = np.zeros((table.num_rows, self.num_columns), np.int64)
+        values = np.zeros((table.num_rows, self.num_columns), np.float32)
         unknown, column = {}, 0
         for field in self.fields:
-            name, start, size = field["name"], field["start"], field["size"]
-            here = slice(column, column + size)
-            if field["kind"] == "numeric":
-                numbers = self._numbers(table, name)
-                known = ~np.isnan(numbers)
-                indices[:, column] = np.where(known, start, 0)
-                values[:, column] = np.where(known, numbers, 0.0)
-            elif field["kind"] == "categorical":
-                given = table.cells(name)
-                index_of = self._indices(field)
-                found = [_index(index_of, value) for value in given]
-                indices[:, column] = found
-                values[:, column] = indices[:, column] != 0
-                unknown |= self._mostly_unknown(field, found, given)
-            else:
-                index_of = self._indices(field)
-                every, given = [], []
-                for row, entry in enumerate(table.entries(name, self.separator)):
-                    found = [_index(index_of, value) for value in entry]
-                    every += found
-                    given += entry
-                    known = [index for index in found if index][:size]
-                    indices[row, here][: len(known)] = known
-                    values[row, here][: len(known)] = 1.0 / max(1, len(known))
-                unknown |= self._mostly_unknown(field, every, given)
-            column += size
+            here = slice(column, column + field.size)
+            options = (self.nonfinite, self.separator, threads)
+            said = field.encode(table, self.vocabulary, indices[:, here], values[:, here], *options)
+            if said:
+                unknown[field.name] = said
+            column += field.size
         return indices, values, unknown
-
-    def _numbers(self, table, name):
-        return cells.checked_numbers(name, table.numbers(name), lambda: table.cells(name), self.nonfinite)
-
-    def _mostly_unknown(self, field, found, given):
-        """{name: text of a warning} if more than half of three values or more, missing ones apart, is unknown."""
-        zeros = found.count(0)
-        if zeros < 2 or 2 * zeros <= len(found) or not self._indices(field):
-            return {}
-        strange = [value for index, value in zip(found, given, strict=True) if index == 0]
-        strange = [value for value in strange if not cells.is_missing(value)]
-        present = len(found) - zeros + len(strange)
-        if present < 3 or 2 * len(strange) <= present:
-            return {}
-        examples = ", ".join(list(dict.fromkeys(repr(_shown(value)) for value in strange[:1000]))[:3])
-        known = self._indices(field)
-        text = (
-            f"column {field['name']!r}: {len(strange)} of {present} values were not seen by fit and count as missing, "
-            f"such as {examples}; fit saw {len(known)}, such as {next(iter(known))!r}"
-        )
-        return {field["name"]: text}
 
     def fit_transform(self, df, **columns):
         """`fit(df, **columns)`, then `transform(df)`."""
         return self.fit(df, **columns).transform(df)
 
+    def stream(self, source, batch_size, *, shuffle=False, seed=0, shard=(0, 1), **options):
+        """Batches of a source of any size, for Keras's fit, evaluate and predict: see `data.stream.Stream`."""
+        from deepfm_ops.data.stream import stream_class
+
+        return stream_class()(self, source, batch_size, shuffle=shuffle, seed=seed, shard=shard, **options)
+
     def _field(self, column):
         for field in self.fields:
-            if field["name"] == column:
+            if field.name == column:
                 return field
-        raise KeyError(f"column {column!r} is not in the dictionary; it has {[field['name'] for field in self.fields]}")
+        raise KeyError(f"column {column!r} is not in the dictionary; it has {[field.name for field in self.fields]}")
 
     def index(self, column, value=None) -> int:
         """The index of a value of a column; of a numeric column, which has one index, whatever the value.
 
+        Of a column whose numbers are in quantile buckets, the index of the number's bucket.
+
         Returns:
-            int; 0 for a value that is missing or was not seen by `fit`.
+            int; 0 for a value that is missing; for one that was not seen by `fit`, or not often enough, the index of
+            the column's unseen values, 0 if there is none.
 
         Raises:
             KeyError: a column that is not in the dictionary.
 
         """
         field = self._field(column)
-        return field["start"] if field["kind"] == "numeric" else _index(self._indices(field), value)
+        if field.kind == "numeric":
+            if field.transform != "quantiles" or value is None:
+                return field.start
+            bucket = field.transformed(np.array([value], np.float64))[0]
+            return 0 if np.isnan(bucket) else field.start + int(bucket)
+        if cells.is_missing(value):
+            return 0
+        try:
+            text = cells.text(value)
+        except (TypeError, ValueError):
+            return field.unseen
+        if field.buckets is not None:
+            return field.start + int(native.Column.of_list([text]).buckets(field.buckets)[0])
+        return self.vocabulary.id(field.number, text) or field.unseen
 
     def indices(self, column):
-        """The indices of all values of a column, a range, in the order of `name`."""
-        field = self._field(column)
-        return range(field["start"], field["start"] + len(field["values"]))
+        """The indices of a column, int64 [n], ascending."""
+        return self.vocabulary.of(self._field(column).number)
+
+    def values(self, column):
+        """The values of a column as canonical texts, in the order of their indices.
+
+        Raises:
+            KeyError: a column that is not in the dictionary.
+            ValueError: texts were not kept.
+
+        """
+        return self.vocabulary.values(self._field(column).number)[0]
 
     def name(self, index):
         """(column, value) of an index: the inverse of `index`.
 
-        A value is its canonical text, None for a numeric column. Index 0, which stands for everything that is missing,
-        is (None, None).
+        A value is its canonical text; None of a numeric column, of hash buckets, of a column's unseen values, and where
+        texts are not kept; of a quantile bucket it is "from a to b". Index 0, which stands for everything that is
+        missing, and indices that were freed are (None, None).
 
         Raises:
             IndexError: an index outside [0, num_features).
@@ -290,65 +439,141 @@ class FeatureDictionary:
         index = operator.index(index)
         if not 0 <= index < self.num_features:
             raise IndexError(f"index {index} is not in [0, {self.num_features})")
-        if index == 0:
+        number = int(self.vocabulary.columns[index])
+        if number == 0:
             return None, None
-        starts = [field["start"] for field in self.fields if field["values"]]
-        field = [field for field in self.fields if field["values"]][bisect.bisect_right(starts, index) - 1]
-        return field["name"], None if field["kind"] == "numeric" else field["values"][index - field["start"]]
+        field = self.fields[number - 1]
+        if field.transform == "quantiles":
+            edges = [-np.inf, *field.boundaries, np.inf]
+            bucket = index - field.start
+            return field.name, f"from {edges[bucket]:g} to {edges[bucket + 1]:g}"
+        return field.name, self.vocabulary.text(index)
 
     def save(self, path):
-        """Writes the dictionary as JSON, replacing `path` whole or not at all."""
+        """Writes the dictionary to a file, replacing `path` whole or not at all; `load` maps it into memory."""
         if not self.fields:
             raise ValueError("fit the FeatureDictionary before saving it")
-        content = json.dumps(self.to_config())
-        with replacing(path) as fresh:
-            fresh.write_text(content, encoding="utf-8")
+        dictionary_file.write(path, *self.state())
+
+    def state(self, texts=True):
+        """(what is not in arrays, JSON-ready; the arrays) of the dictionary, for `from_state`.
+
+        Args:
+            texts: False leaves the values' texts out.
+
+        """
+        arrays = self.vocabulary.arrays()
+        if not texts:
+            arrays.pop("texts", None)
+        return self._manifest() | ({} if texts else {"keep_texts": False}), arrays
+
+    def _manifest(self):
+        for field in self.fields:
+            if not isinstance(field.name, str | int):
+                raise ValueError(f"column {field.name!r}: a name must be text to be saved")
+        settings = (
+            "min_count",
+            "nonfinite",
+            "unseen",
+            "keep_texts",
+            "sketch_bytes",
+            "separator",
+            "label",
+            "num_samples",
+        )
+        return {
+            "format": self.FORMAT,
+            **{name: getattr(self, name) for name in settings},
+            "generation": self.vocabulary.generation,
+            "fields": [dataclasses.asdict(field) for field in self.fields],
+        }
 
     def to_config(self):
         """The dictionary as a JSON-ready dict, for `from_config`. Raises ValueError for names that JSON cannot hold."""
-        for field in self.fields:
-            if not isinstance(field["name"], str | int):
-                raise ValueError(f"column {field['name']!r}: a name must be text to be saved")
-        return {
-            "format": self.FORMAT,
-            "separator": self.separator,
-            "nonfinite": self.nonfinite,
-            "fields": self.fields,
-            "counts": None if self.counts is None else counts_.packed(np.minimum(self.counts, counts_.MOST)),
-            "num_samples": self.num_samples,
-        }
+        arrays = self.vocabulary.arrays()
+        if self.keep_texts:
+            del arrays["slots"]  # they follow from the texts
+        return self._manifest() | {"arrays": {name: _as_text(array) for name, array in arrays.items()}}
 
     @classmethod
     def from_config(cls, content):
         """The dictionary of `to_config`. Raises KeyError, TypeError or ValueError for anything else."""
-        if content["format"] not in (1, cls.FORMAT):
-            raise ValueError(f"format {content['format']}, this version reads 1 and {cls.FORMAT}")
+        if content["format"] in (1, 2):
+            return cls._from_lists(content)
+        if content["format"] != cls.FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads up to {cls.FORMAT}")
+        arrays = {
+            name: np.frombuffer(_from_text(text), DTYPES.get(name, "u1")) for name, text in content["arrays"].items()
+        }
+        return cls.from_state(content, arrays)
+
+    @classmethod
+    def from_state(cls, content, arrays, blocks=None):
+        """The dictionary of `state`, or of an older version's `to_config`; `blocks` checks mapped arrays."""
+        if content["format"] != cls.FORMAT:
+            return cls.from_config(content)
+        options = {name: content[name] for name in ("unseen", "keep_texts", "sketch_bytes")}
+        loaded = cls(content["min_count"], content["nonfinite"], **options)
+        for name in ("separator", "label", "num_samples"):
+            setattr(loaded, name, content[name])
+        loaded.fields = [Field(**field) for field in content["fields"]]
+        if [field.number for field in loaded.fields] != list(range(1, len(loaded.fields) + 1)):
+            raise ValueError("its fields do not fit")
+        if "slots" not in arrays:
+            arrays = {**arrays, "slots": _slots(arrays)}
+        if len({len(arrays[name]) for name in DTYPES}) != 1:
+            raise ValueError("its arrays are not equally long")
+        loaded.vocabulary = Vocabulary(arrays, content["generation"], blocks)
+        return loaded
+
+    @classmethod
+    def _from_lists(cls, content):
+        """The dictionary of an older version: fields of lists of values, whose indices are runs."""
         is_old = content["format"] == 1  # its values are of JSON's types, and 3 and "3" are two
-        loaded = cls("error" if is_old else content["nonfinite"])
+        loaded = cls(nonfinite="error" if is_old else content["nonfinite"])
         loaded.separator = content["separator"]
         if not isinstance(loaded.separator, str | None):
             raise ValueError(f"separator {loaded.separator!r} is no text")
-        for field in content["fields"]:
+        columns, texts = [0], [None]
+        for number, field in enumerate(content["fields"], 1):
             kind, size, values = field["kind"], field["size"], field["values"]
-            if kind not in KINDS or not isinstance(values, list) or field["start"] != loaded.num_features:
+            if kind not in KINDS or not isinstance(values, list) or field["start"] != len(columns):
                 raise ValueError(f"field {field['name']!r} does not fit")
             if not isinstance(size, int) or size < 1 or (size > 1 and kind != "multivalued"):
                 raise ValueError(f"field {field['name']!r} has size {size!r}")
             known = [value for value in values if value is not None]
             if len(set(known)) != len(known) or (is_old and known != values):
                 raise ValueError(f"field {field['name']!r} has a value twice")
-            dtype, texts = _from_old(kind, values) if is_old else (field["dtype"], values)
-            if kind != "numeric" and not all(isinstance(text, str | None) for text in texts):
+            dtype, found = _from_old(kind, values) if is_old else (field["dtype"], values)
+            if kind != "numeric" and not all(isinstance(text, str | None) for text in found):
                 raise ValueError(f"field {field['name']!r} has values that are no text")
-            loaded._add(field["name"], kind, size, list(texts), dtype)
+            start = len(columns) if kind == "numeric" else 0
+            loaded.fields.append(Field(field["name"], kind, number, size, dtype, start=start))
+            columns += [number] * len(found)
+            texts += [None] * len(found) if kind == "numeric" else found
+        arrays = {name: np.zeros(len(columns), dtype) for name, dtype in DTYPES.items()}
+        arrays["columns"][:] = columns
+        encoded = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
+        sizes = np.array([len(text or b"") for text in encoded], np.int64)
+        if sizes.max() > native.LONGEST_TEXT:
+            raise ValueError(f"a value is longer than {native.LONGEST_TEXT} bytes")
+        has_text = np.array([text is not None for text in encoded])
+        arrays["text_starts"][:] = np.where(has_text, np.cumsum(sizes) - sizes, 0)
+        arrays["text_starts"][~has_text] = NO_TEXT
+        arrays["text_sizes"][:] = sizes
+        arrays["texts"] = np.frombuffer(b"".join(text or b"" for text in encoded), np.uint8)
         if content.get("counts") is not None:
-            loaded.counts = counts_.checked(content["counts"], loaded.num_features).astype(np.int64)
+            arrays["counts"][:] = counts_.checked(content["counts"], len(columns))
             loaded.num_samples = operator.index(content["num_samples"])
+        loaded.vocabulary = Vocabulary(arrays | {"slots": _slots(arrays)})
         return loaded
 
     @classmethod
     def load(cls, path):
-        """Reads what `save` wrote, this version's or an older one's.
+        """Maps what `save` wrote, or reads what an older version's did.
+
+        A mapped file's content is compared with its checksums when it is first used, block by block; processes that
+        load the same file share its memory. Replace it as a whole, never write into it.
 
         Raises:
             FileNotFoundError: no such file.
@@ -356,6 +581,8 @@ class FeatureDictionary:
 
         """
         try:
+            if dictionary_file.is_one(path):
+                return cls.from_state(*dictionary_file.read(path))
             return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
@@ -370,11 +597,59 @@ def _names(kind, names):
     return list(names)
 
 
-def _dtype(kinds):
-    """What the categories of a column are, by their kinds: a fraction where there are integers too."""
-    if kinds == {"fraction", "integer"}:
-        return "fraction"
-    return next(iter(kinds)) if len(kinds) == 1 else "text"
+def _check_names(names, label):
+    if not names:
+        raise ValueError("fit needs at least one column name")
+    if len(names) > MOST_FIELDS:
+        raise ValueError(f"at most {MOST_FIELDS} columns, got {len(names)}")
+    given = names if label is None else [*names, label]
+    repeated = sorted({name for name in given if given.count(name) > 1})
+    if repeated:
+        raise ValueError(f"columns named more than once: {repeated}")
+
+
+def _check_options(transforms, multivalued, hash_buckets, lengths, weighted, separator):
+    if separator is not None and not (isinstance(separator, str) and separator):
+        raise ValueError(f"separator must be text, or None for blanks, got {separator!r}")
+    for name, transform in transforms.items():
+        if transform not in TRANSFORMS:
+            raise ValueError(f"column {name!r}: a numeric column is one of {', '.join(TRANSFORMS)}, got {transform!r}")
+    for name, buckets in hash_buckets.items():
+        if name in transforms or not isinstance(buckets, int | np.integer) or not 1 <= buckets < 2**31:
+            raise ValueError(
+                f"hash_buckets[{name!r}] must be a number from 1 on, of a column of categories, got {buckets!r}"
+            )
+    for name in itertools.chain(lengths, weighted):
+        if name not in multivalued:
+            raise ValueError(f"max_length and weighted are for multivalued columns, {name!r} is none")
+    for name, length in lengths.items():
+        if length is not None and (not isinstance(length, int | np.integer) or length < 1):
+            raise ValueError(f"max_length of {name!r} must be a number from 1 on, got {length!r}")
+
+
+def _as_text(array):
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode()
+
+
+def _from_text(text):
+    try:
+        return zlib.decompress(base64.b64decode(text, validate=True))
+    except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
+        raise ValueError(f"its arrays cannot be read: {error}") from error
+
+
+def _slots(arrays):
+    """The slots of the values whose texts are there."""
+    starts = arrays["text_starts"]
+    ids = np.flatnonzero(starts != NO_TEXT)
+    columns = arrays["columns"][ids]
+    begins = starts[ids].astype(np.int64)
+    ends = begins + arrays["text_sizes"][ids]
+    keys = np.zeros(len(ids), np.uint64)
+    for column in np.unique(columns).tolist():
+        here = columns == column
+        keys[here] = native.keys(column, native.Column(begins[here], ends[here], arrays["texts"]))
+    return native.slots(keys, ids.astype(np.uint32))
 
 
 def _from_old(kind, values):
@@ -386,18 +661,5 @@ def _from_old(kind, values):
         text = cells.text(value)
         texts.append(None if text in seen else text)
         seen.add(text)
-    return "text" if kind == "multivalued" else _dtype(set(map(cells.kind, values, map(cells.text, values)))), texts
-
-
-def _index(index_of, value):
-    """The index of a value; 0 for one that is missing, was not seen, or is of a kind that cannot have been."""
-    if type(value) is str:
-        return index_of.get(value, 0)
-    try:
-        return 0 if cells.is_missing(value) else index_of.get(cells.text(value), 0)
-    except (TypeError, ValueError):
-        return 0
-
-
-def _shown(value):
-    return value.item() if isinstance(value, np.generic) else value
+    kinds = set(map(cells.kind, values, map(cells.text, values)))
+    return "text" if kind == "multivalued" else dtype_of(kinds), texts

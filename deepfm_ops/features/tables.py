@@ -9,7 +9,8 @@ import re
 
 import numpy as np
 
-from deepfm_ops.features import cells
+from deepfm_ops.features import cells, texts
+from deepfm_ops.features.vocabulary import native
 
 NUMBERS = (int, float, np.number, np.bool_)
 PLAIN = frozenset([str, bytes, int, float, bool, type(None)])  # what most cells are
@@ -28,6 +29,7 @@ class Table:
 
     Attributes:
         num_rows: int.
+        prefix: of a row's place, in errors.
 
     Raises:
         TypeError: something that holds no columns.
@@ -35,6 +37,8 @@ class Table:
         ValueError: columns that are not equally long, or a name of several columns.
 
     """
+
+    prefix = ""
 
     def __init__(self, source, names, lists=(), record=True, what="column"):
         self._what = what
@@ -49,7 +53,7 @@ class Table:
 
     def _read_record(self, lists):
         """Makes a column of one cell of every value, if all are plain but for lists where cells may be lists."""
-        plain = [name for name, value in self._columns.items() if _is_plain(value)]
+        plain = [name for name, value in self._columns.items() if is_plain(value)]
         others = [name for name in self._columns if name not in plain and name not in lists]
         if plain and others:
             raise ValueError(
@@ -65,7 +69,7 @@ class Table:
         if hasattr(column, "nrows"):  # tf.RaggedTensor
             return int(column.nrows())
         no_order = isinstance(column, set | frozenset | collections.abc.Mapping)
-        if _is_plain(column) or no_order or not hasattr(column, "__len__"):
+        if is_plain(column) or no_order or not hasattr(column, "__len__"):
             raise ValueError(
                 f"{self._what} {name!r} must be a list or an array with an entry per row, got {type(column).__name__}"
                 + (" (of a DataFrame, pass itself, or to_dict('list'))" if isinstance(column, dict) else "")
@@ -125,6 +129,77 @@ class Table:
         found = self.cells(name)
         return np.array([number(cell, self._what, name, row) for row, cell in enumerate(found)], np.float64)
 
+    def place(self, row):
+        """Where a row is, for errors."""
+        return f"{self.prefix}row {row}"
+
+    def coded(self, name):
+        """(codes, -1 where a cell is missing; a column of what they mean) of a pyarrow dictionary of text; or None."""
+        column = self._columns[name]
+        if not hasattr(column, "combine_chunks") and not hasattr(column, "indices"):
+            return None
+        import pyarrow as pa
+
+        if not pa.types.is_dictionary(column.type):
+            return None
+        if isinstance(column, pa.ChunkedArray):
+            column = column.unify_dictionaries().combine_chunks()
+        found = texts.of_arrow(column.dictionary)
+        if found is None or found[1] != {"text"}:
+            return None
+        codes = column.indices.fill_null(-1) if column.null_count else column.indices
+        return np.asarray(codes), found[0]
+
+    def texts(self, name, strict=True):
+        """(the column as a column of canonical texts, what kinds of categories they are).
+
+        Args:
+            name: of the column.
+            strict: whether a cell that cannot be a category is an error; else it is a text that nothing has.
+
+        """
+        column = self._columns[name]
+        arrow = texts.as_arrow(column)
+        if arrow is not None:
+            array = arrow.combine_chunks() if hasattr(arrow, "combine_chunks") else arrow
+            found = texts.of_arrow(array)
+            if found is not None:
+                return found
+        # Of a list of numbers and booleans NumPy would make numbers.
+        is_list = isinstance(column, list | tuple) and set(map(type, column)) != {int}
+        array = None if is_list else self.array(name)
+        if array is not None and array.size == len(array):
+            found = texts.of_array(array.reshape(-1))
+            if found is not None:
+                return found
+        return texts.of_cells(self.cells(name), name, strict)
+
+    def pieces(self, name, separator, weighted=False, strict=True):
+        """The column's entries: (row_splits, their values one after the other as texts, weights or None, kinds).
+
+        Args:
+            name: of the column.
+            separator: text, None for blanks.
+            weighted: whether values carry weights, "drama:0.7".
+            strict: as for `texts`.
+
+        Raises:
+            TypeError: an entry that is neither a list nor text, by row.
+            ValueError: a weight that is no number, by row.
+
+        """
+        found = self.objects(name)
+        if set(map(type, found)) <= {str, type(None)}:
+            return split_entries(self, name, native.Column.of_list(found), separator, weighted)
+        entries = self.entries(name, separator)
+        splits = np.concatenate([[0], np.cumsum([len(entry) for entry in entries], dtype=np.int64)])
+        values, kinds = texts.of_cells([value for entry in entries for value in entry], name, strict)
+        if weighted:
+            per_value, values, weights, _ = split_entries(self, name, values, "\0", True)
+            splits = per_value[splits]
+            return splits.astype(np.int64), values, weights, kinds
+        return splits.astype(np.int64), values, None, kinds
+
     def entries(self, name, separator):
         """The column as lists of cells: text is split at the separator, missing cells are left out.
 
@@ -146,6 +221,17 @@ class Table:
                 entry = []
             found.append([value for value in entry if not cells.is_missing(value)])
         return found
+
+
+def split_entries(table, name, column, separator, weighted):
+    """`Table.pieces` of a column of text."""
+    row_splits, pieces, weights, bad = column.split("" if separator is None else separator, weighted)
+    if bad >= 0:
+        raise ValueError(
+            f"column {name!r}, {table.place(bad)}: {column[bad]!r} has a weight that is no number; an entry is "
+            f"'value:weight{separator or ' '}value:weight'"
+        )
+    return row_splits, pieces, weights, {"text"}
 
 
 def column_names(source):
@@ -269,7 +355,7 @@ def _column(source, name):
     return column
 
 
-def _is_plain(value):
+def is_plain(value):
     """Whether a value is a cell: not a column, nor a list."""
     if type(value) is list:  # what most columns of a request are
         return False

@@ -1,6 +1,8 @@
 """What both kinds of models share as Keras models."""
 
+import contextlib
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -8,6 +10,7 @@ import tensorflow as tf
 
 from deepfm_ops import arguments
 from deepfm_ops.combined import unscaled
+from deepfm_ops.data.stream import Stream
 from deepfm_ops.models import epochs as epochs_
 from deepfm_ops.models import recipe
 
@@ -46,6 +49,7 @@ class ConfiguredModel(keras.Model):
     """
 
     _features = None
+    training_stream = None
 
     def _finish(self, config, inputs, outputs, name, trainable, frozen, plan):
         try:
@@ -201,8 +205,23 @@ class ConfiguredModel(keras.Model):
     ):
         """Keras's `fit`. Arrays come in a fresh order every epoch, one that follows from the global seed.
 
-        Where the optimizer keeps averages, they are validated and stopped on, and are the weights afterwards.
+        A stream (`FeatureDictionary.stream`) is passed over once an epoch, from its position on, and moves with the
+        training. Where the optimizer keeps averages, they are validated and stopped on, and are the weights afterwards.
         """
+        if isinstance(x, Stream):
+            return self._fit_stream(
+                x,
+                self._as_inputs(validation_data),
+                callbacks,
+                epochs,
+                verbose,
+                class_weight=class_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
         x, y = self._as_inputs(x), self._targets(y)
         if isinstance(validation_data, list | tuple):
             x_validation, y_validation, *rest = validation_data
@@ -242,6 +261,19 @@ class ConfiguredModel(keras.Model):
             validation_batch_size,
             validation_freq,
         )
+        self.show_averages()
+        return history
+
+    def _fit_stream(self, stream, validation_data, callbacks, epochs, verbose, **options):
+        callbacks = epochs_.with_first(callbacks, epochs_.StreamCallback(stream))
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = epochs_.callback_list(self, callbacks, verbose, epochs, options["steps_per_epoch"])
+        self.epoch_order, self.training_stream = None, stream
+        with _streaming(stream, validation_data):
+            history = super().fit(
+                stream, epochs=epochs, verbose=verbose, callbacks=callbacks, validation_data=validation_data, **options
+            )
+        self.training_stream = None
         self.show_averages()
         return history
 
@@ -316,7 +348,8 @@ class ConfiguredModel(keras.Model):
         return super().export(*args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
-        return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
+        with _streaming(x):
+            return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         """Keras's `predict`; no samples give no scores, [0, 1], instead of an error."""
@@ -324,7 +357,8 @@ class ConfiguredModel(keras.Model):
         arrays = keras.tree.flatten(x) if isinstance(x, dict | list | tuple) else []
         if arrays and all(getattr(array, "shape", None) and array.shape[0] == 0 for array in arrays):
             return np.zeros((0, 1), np.float32)
-        return super().predict(x, *args, **kwargs)
+        with _streaming(x):
+            return super().predict(x, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         return super().train_on_batch(self._as_inputs(x), self._targets(y), *args, **kwargs)
@@ -367,6 +401,19 @@ class ConfiguredModel(keras.Model):
         fine = tf.logical_not(tf.reduce_any(bad))
         with tf.control_dependencies(arguments.require(fine, BAD_LABEL[self.plan.task], shown)):
             return tf.identity(y)
+
+
+@contextlib.contextmanager
+def _streaming(*inputs):
+    """Inside, streams raise their own errors, and Keras does not warn at the end of passes of unknown length."""
+    with contextlib.ExitStack() as stack:
+        for stream in inputs:
+            if isinstance(stream, Stream):
+                stack.enter_context(stream.raising())
+        if any(isinstance(x, Stream) for x in inputs):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+        yield
 
 
 # What labels are between: of regression, float32 holds the squares.

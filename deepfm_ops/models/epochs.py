@@ -5,6 +5,9 @@ epochs then have one order. Here the order of an epoch is a permutation from (se
 with.
 """
 
+import threading
+import time
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -111,6 +114,12 @@ def with_first(callbacks, first):
     return [first, *keras.tree.flatten(callbacks or [])]
 
 
+def callback_list(model, callbacks, verbose, epochs, steps=None):
+    """Keras's list of callbacks, whose bar has no length if `steps` is None."""
+    options = {"add_history": True, "add_progbar": verbose != 0, "verbose": verbose, "epochs": epochs, "steps": steps}
+    return keras.callbacks.CallbackList(callbacks, model=model, **options)
+
+
 class EpochCallback(keras.callbacks.Callback):
     """What a model's `fit` does around each epoch, before the other callbacks do."""
 
@@ -124,3 +133,32 @@ class EpochCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.show_averages()
+
+
+class StreamCallback(EpochCallback):
+    """Moves a stream's position with the training, and shows rows and rows per second in Keras's bar."""
+
+    async_safe = True  # Keras may call it from several threads, in any order
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream, self._turn = stream, threading.Lock()
+
+    def on_train_begin(self, logs=None):
+        self.stream.track(True)
+
+    def on_train_end(self, logs=None):
+        self.stream.track(False)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._batches, self._start = 0, time.perf_counter()
+        self._rows, self._done = 0, self.stream.rows
+
+    def on_train_batch_end(self, batch, logs=None):
+        with self._turn:
+            self._rows += self.stream.trained(max(0, batch + 1 - self._batches))
+            self._batches = max(self._batches, batch + 1)
+            rows = self._rows
+        if logs is not None:
+            logs["rows"] = self._done + rows
+            logs["rows_per_second"] = rows / (time.perf_counter() - self._start)

@@ -11,7 +11,7 @@ from deepfm_ops import arguments
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
-from deepfm_ops.models import recipe
+from deepfm_ops.models import recipe, resizing
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models.columns import ColumnDeepFM
 from deepfm_ops.models.parts import Head, mlp, seed_for
@@ -249,6 +249,51 @@ class DeepFM(ConfiguredModel):
         known |= {"feature_counts": features.counts, "num_samples": features.num_samples}
         return cls(features.num_features, features.num_fields, **{**known, **arguments})
 
+    def resize(self, features):
+        """Follows its FeatureDictionary after `update` and `evict`: rows are added, nothing moves.
+
+        Rows of values that are new, at the end or where a value was evicted, and everything that the optimizer keeps of
+        them, get the values that a fresh model's have; the others keep theirs, bit for bit. Counts and `num_samples` of
+        the priors are the dictionary's. Works with every Keras optimizer, compiled or not, trained or loaded.
+
+        Args:
+            features: the dictionary that the model was made of, or a later load of it, after updates. It is the model's
+                from now on.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: the model does not know its features, or these are not the same after updates.
+
+        """
+        if self._features is None:
+            raise ValueError(
+                "this model does not know its features: set model.features to them as they were, then resize"
+            )
+        rows = resizing.fresh_rows(self._features, features)
+        layer = (self.plan.lookups or self.plan.first_orders)[0].source
+        shown = (optimizer := self._averaging()) is not None and optimizer.averages_are_shown
+        self._hide_averages()
+        if len(rows):
+            size = features.num_features
+            optimizer = getattr(self, "optimizer", None)
+            optimizer = optimizer if optimizer is not None and optimizer.built else None
+            fresh = [(table, resizing.fresh_values(table, make, rows, size)) for table, make in layer.tables()]
+            resizing.grow_tables(optimizer, fresh, rows)
+            layer.num_features = self._config["num_features"] = size
+        if layer.feature_counts is not None and features.counts is not None:
+            resizing.grow(layer.feature_counts, rows, 0)
+            layer.set_feature_counts(features.counts, features.num_samples)
+            self._config["feature_counts"] = counts.packed(counts.checked(features.counts, features.num_features))
+            self._config["num_samples"] = features.num_samples
+        self.features = features
+        for name in ("train_function", "test_function", "predict_function"):
+            setattr(self, name, None)  # they were traced with the old tables
+        if shown:
+            self.show_averages()
+        return self
+
     # One signature, and one documentation: those of the model that it makes.
     from_columns = ColumnDeepFM
 
@@ -286,7 +331,7 @@ class DeepFM(ConfiguredModel):
         return None
 
     def _column_names(self):
-        return [field["name"] for field in self._features.fields]
+        return [field.name for field in self._features.fields]
 
 
 def _values(inputs):

@@ -64,7 +64,7 @@ def export_scorer(model, path, table="float32", *, features=None):
     if plan.inputs is not None:
         inputs, kinds = "columns", {name: kind for name, (_, kind) in plan.inputs.items()}
     elif features is not None:
-        inputs, kinds = "features", {field["name"]: field["kind"] for field in features.fields}
+        inputs, kinds = "features", {field.name: field.kind for field in features.fields}
     else:
         inputs, kinds = "matrices", {}
     if "bfloat16" in kinds.values():
@@ -78,7 +78,10 @@ def export_scorer(model, path, table="float32", *, features=None):
         "num_features": plan.tables[0].source.num_features if matrix else None,
         "num_columns": sum(plan.tables[0].field_sizes) if matrix else None,
     }
-    manifest = {"info": info, "plan": content, "features": None if features is None else features.to_config()}
+    manifest = {"info": info, "plan": content, "features": None}
+    if features is not None:
+        manifest["features"], vocabulary = features.state(texts=False)
+        arrays |= {f"features_{name}": array for name, array in vocabulary.items()}
     file.write(path, manifest, arrays)
 
 

@@ -11,12 +11,11 @@ threads compute side by side. The manifest has
     info      what `Scorer.info` shows
     plan      a `deepfm_ops.plan.Plan`, with the names of arrays for sources: of each lookup "table" and "weights"; of
               hidden layer i kernel_i and bias_i; linear_kernel, deep and bias
-    features  `FeatureDictionary.to_config()`, or null
+    features  `FeatureDictionary.state`, or null; its arrays are called "features_..." here
 """
 
 import concurrent.futures
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -24,17 +23,16 @@ import re
 import struct
 import zipfile
 
-import numpy as np
-
+from deepfm_ops import container
+from deepfm_ops.container import MANIFEST
 from deepfm_ops.files import replacing
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+READABLE = (1, 2)  # 1: features are lists in the manifest
 _PIECE = 1 << 24
 _COMMENT = re.compile(rb"deepfm_ops scorer (\d+) sha256 ([0-9a-f]{64})\Z")
 _COMMENT_START = b"deepfm_ops scorer "
 _LONGEST_COMMENT = 200
-_ALIGNMENT = 64
 
 
 class ScorerFileError(ValueError):
@@ -51,17 +49,6 @@ def _digest(content):
         return hashlib.sha256(b"".join(pool.map(sha256, pieces))).hexdigest()
 
 
-def _write_entry(archive, name, header, data):
-    """One entry whose data start at a multiple of the alignment."""
-    info = zipfile.ZipInfo(name)
-    fixed = archive.fp.tell() + 30 + len(name) + 20  # the local header, with the block that zip64 adds
-    padding = -(fixed + 4 + len(header)) % _ALIGNMENT
-    info.extra = struct.pack("<HH", 0xFFFF, padding) + bytes(padding)
-    with archive.open(info, "w", force_zip64=True) as entry:
-        entry.write(header)
-        entry.write(data)
-
-
 def write(path, manifest, arrays):
     """Writes the file, replacing what is at `path` whole or not at all.
 
@@ -73,12 +60,9 @@ def write(path, manifest, arrays):
     """
     with replacing(path) as fresh, open(fresh, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            _write_entry(archive, MANIFEST, b"", json.dumps(manifest, default=lambda x: x.item()).encode())
+            container.write_entry(archive, MANIFEST, json.dumps(manifest, default=lambda x: x.item()).encode())
             for name, array in arrays.items():
-                header = io.BytesIO()
-                array = np.ascontiguousarray(array)
-                np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-                _write_entry(archive, f"{name}.npy", header.getvalue(), array.reshape(-1).view(np.uint8).data)
+                container.write_array(archive, name, array)
         file.flush()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
             with view[:-2] as covered:  # the last two bytes are the length of the comment
@@ -98,7 +82,7 @@ def _checked(path, content):
             f"{path} is of format {int(version[1])}, this version of deepfm_ops reads {FORMAT}: upgrade deepfm_ops, or "
             "export the model with this version"
         )
-    if not known or int(known[1]) != FORMAT:
+    if not known or int(known[1]) not in READABLE:
         if content[:4] == b"PK\x03\x04" and content[30 : 30 + len(MANIFEST)] == MANIFEST.encode():
             raise ScorerFileError(f"{path} is damaged: it was cut off, or its end was changed")
         raise ScorerFileError(f"{path} is not a scorer file; deepfm_ops.export_scorer writes them")
@@ -126,13 +110,4 @@ def read(path):
         with zipfile.ZipFile(file) as archive:
             manifest = json.loads(archive.read(MANIFEST))
             entries = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
-    return manifest, {entry.filename.removesuffix(".npy"): _array(content, entry) for entry in entries}, digest
-
-
-def _array(content, entry):
-    """The array of a zip's entry, where it lies."""
-    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
-    header = io.BytesIO(content[start : start + 4096])
-    np.lib.format.read_magic(header)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    return np.frombuffer(content, dtype, int(np.prod(shape)), start + header.tell()).reshape(shape)
+    return manifest, {entry.filename.removesuffix(".npy"): container.array(content, entry) for entry in entries}, digest

@@ -258,7 +258,10 @@ class _Model:
         self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
         self.features, self.warned = None, set()
         if manifest["features"] is not None:
-            self.features = FeatureDictionary.from_config(manifest["features"])
+            vocabulary = {
+                name.removeprefix("features_"): arrays[name] for name in arrays if name.startswith("features_")
+            }
+            self.features = FeatureDictionary.from_state(manifest["features"], vocabulary)
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
         self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])

@@ -195,7 +195,7 @@ def test_missing_where_the_dictionary_says_so(value, tmp_path):
 def test_a_saved_model_says_so_too(tmp_path):
     table, given = {"age": [1.0, 2.0]}, tf.constant([1.0, np.inf, np.nan])
     for nonfinite in ("error", "missing"):
-        features = FeatureDictionary(nonfinite).fit(table, numeric="age")
+        features = FeatureDictionary(nonfinite=nonfinite).fit(table, numeric="age")
         model = DeepFM.from_features(features, use_deep=False, use_fm=False)
         model.get_layer("first_order").w.assign([[0.0], [1.0]])
         deepfm_ops.export(model, tmp_path / nonfinite)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from deepfm_ops import FeatureDictionary
+from deepfm_ops.features import counts
 
 
 @pytest.fixture
@@ -29,12 +30,12 @@ COLUMNS = {"categorical": ["city", "user"], "numeric": ["age"], "multivalued": [
 def test_numbering(frame):
     features = FeatureDictionary()
     indices, values = features.fit_transform(frame, **COLUMNS)
-    # 1 Oslo, 2 Rome, 3..5 users 7, 8, 9, 6 age, 7..9 tags a, b, c
+    # By counts: of 3 the age, of 2 Rome, user 7, tags a and b, of 1 Oslo, users 8 and 9, tag c.
     assert (features.num_features, features.num_fields, features.num_columns) == (10, 4, 6)
     assert features.field_sizes == [1, 1, 1, 3]
     assert indices.dtype == np.int64 and values.dtype == np.float32
     np.testing.assert_array_equal(
-        indices, [[2, 3, 6, 7, 8, 0], [1, 3, 0, 0, 0, 0], [0, 5, 6, 0, 0, 0], [2, 4, 6, 8, 9, 7]]
+        indices, [[2, 3, 1, 4, 5, 0], [6, 3, 0, 0, 0, 0], [0, 8, 1, 0, 0, 0], [2, 7, 1, 5, 9, 4]]
     )
     third = np.float32(1 / 3)
     np.testing.assert_array_equal(
@@ -54,7 +55,7 @@ def test_unseen_and_missing_values_become_zero(frame):
         }
     )
     indices, values = features.transform(new)
-    np.testing.assert_array_equal(indices, [[0, 0, 0, 0, 0, 0], [0, 0, 6, 7, 0, 0], [1, 4, 6, 9, 8, 7]])
+    np.testing.assert_array_equal(indices, [[0, 0, 0, 0, 0, 0], [0, 0, 1, 4, 0, 0], [6, 7, 1, 9, 5, 4]])
     assert values[0].tolist() == [0] * 6 and values[1].tolist() == [0, 0, 1, 1, 0, 0]
     assert indices.max() < features.num_features
 
@@ -71,7 +72,7 @@ def test_other_kinds_of_columns(frame):
     }
     features = FeatureDictionary()
     indices, values = features.fit_transform(arrays, categorical=["c", "k", "i", "b"], numeric=["n"], multivalued=["m"])
-    np.testing.assert_array_equal(indices, [[1, 4, 5, 8, 9, 10, 11], [2, 3, 0, 7, 9, 11, 0], [1, 4, 6, 8, 9, 10, 0]])
+    np.testing.assert_array_equal(indices, [[2, 3, 9, 4, 1, 5, 6], [7, 8, 0, 11, 1, 6, 0], [2, 3, 10, 4, 1, 5, 0]])
     np.testing.assert_array_equal(values[:, 4], [1, 2, 3])
 
 
@@ -82,16 +83,58 @@ def test_empty_and_single_rows(frame):
     np.testing.assert_array_equal(features.transform(frame.iloc[[3]])[0], features.transform(frame)[0][[3]])
 
 
-def test_saved_as_json(frame, tmp_path):
-    features = FeatureDictionary().fit(frame, **COLUMNS)
-    path = tmp_path / "features.json"
+def test_saved_and_loaded(frame, tmp_path):
+    features = FeatureDictionary().fit(frame, **COLUMNS, label="label")
+    path = tmp_path / "features.dictionary"
     features.save(path)
-    assert json.loads(path.read_text())["format"] == 2
-    again = FeatureDictionary.load(path)
-    assert again.num_features == features.num_features and again.field_sizes == features.field_sizes
-    for a, b in zip(again.transform(frame), features.transform(frame), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for again in (
+        FeatureDictionary.load(path),
+        FeatureDictionary.from_config(json.loads(json.dumps(features.to_config()))),
+    ):
+        assert again.num_features == features.num_features and again.field_sizes == features.field_sizes
+        assert again.fields == features.fields and again.label == "label" and again.num_samples == 4
+        for a, b in zip(again.transform(frame), features.transform(frame), strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(again.counts, features.counts)
+        assert [again.name(i) for i in range(10)] == [features.name(i) for i in range(10)]
     assert list(tmp_path.iterdir()) == [path]
+
+
+OLD = {
+    "format": 2,
+    "separator": "|",
+    "nonfinite": "missing",
+    "fields": [
+        {"name": "city", "kind": "categorical", "size": 1, "start": 1, "values": ["Oslo", "Rome"], "dtype": "text"},
+        {"name": "user", "kind": "categorical", "size": 1, "start": 3, "values": ["7", "8", "9"], "dtype": "integer"},
+        {"name": "age", "kind": "numeric", "size": 1, "start": 6, "values": ["age"], "dtype": None},
+        {"name": "tags", "kind": "multivalued", "size": 3, "start": 7, "values": ["a", "b", "c"], "dtype": "text"},
+    ],
+    "counts": None,
+    "num_samples": None,
+}
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_dictionary_of_an_older_version(frame, tmp_path, counted):
+    """Its numbers stay: values by number and text, column by column."""
+    old = OLD | ({"counts": counts.packed(np.arange(10)), "num_samples": 4} if counted else {})
+    (tmp_path / "features.json").write_text(json.dumps(old))
+    features = FeatureDictionary.load(tmp_path / "features.json")
+    np.testing.assert_array_equal(
+        features.transform(frame)[0], [[2, 3, 6, 7, 8, 0], [1, 3, 0, 0, 0, 0], [0, 5, 6, 0, 0, 0], [2, 4, 6, 8, 9, 7]]
+    )
+    assert features.nonfinite == "missing" and features.name(2) == ("city", "Rome") and features.index("age") == 6
+    assert features.values("user") == ["7", "8", "9"] and features.indices("tags").tolist() == [7, 8, 9]
+    new = frame.assign(city=["Bonn", "Bonn", "Bern", "Rome"])
+    if not counted:
+        assert features.counts is None
+        with pytest.raises(ValueError, match="saved by an older version, without counts"):
+            features.update(new)
+        return
+    assert features.counts.tolist() == list(range(10))
+    features.update(new)
+    assert features.index("city", "Bonn") == 10 and features.index("city", "Bern") == 11 and features.num_samples == 8
 
 
 def test_equal_data_give_equal_numbers(frame):
@@ -193,10 +236,17 @@ def test_a_name_of_several_columns(frame):
             FeatureDictionary().fit(doubled, **{kind: [name]})
 
 
-def test_saving_odd_text_and_failing_leaves_no_file_behind(tmp_path):
-    features = FeatureDictionary().fit({"a": ["\ud800", "é"]}, categorical=["a"])
+def test_text_that_is_not_utf8_is_no_category():
+    for odd in ("\ud800", b"\xff"):
+        with pytest.raises(ValueError, match="column 'a'.*UTF-8"):
+            FeatureDictionary().fit({"a": ["é", odd]}, categorical=["a"])
+    with pytest.raises(ValueError, match="column 'a', row 1: 65536 bytes is no category"):
+        FeatureDictionary().fit({"a": ["é", "x" * 65536]}, categorical=["a"])
+
+
+def test_saving_that_fails_leaves_no_file_behind(tmp_path):
+    features = FeatureDictionary().fit({"a": ["é"]}, categorical=["a"])
     features.save(tmp_path / "features.json")
-    assert FeatureDictionary.load(tmp_path / "features.json").fields == features.fields
     with pytest.raises(OSError):
         features.save(tmp_path)  # a folder
     assert [p.name for p in tmp_path.iterdir()] == ["features.json"]

@@ -36,9 +36,12 @@ MODULES = [
     ("tensorflow.python.ops.resource_variable_ops", ["variable_accessed", "variable_shape", "BaseResourceVariable"]),
     ("tensorflow.python.trackable.resource", ["CapturableResource"]),
     (_library.KERAS_EXPORT, []),
+    ("keras.src.trainers.data_adapters.data_adapter.DataAdapter", []),
+    ("keras.src.trainers.data_adapters", ["get_data_adapter"]),
 ]
 ATTRIBUTES = ["_initial_epoch"]  # of a model, which `fit` reads
-OPTIMIZERS = ["_iterations", "_trainable_variables"]  # attributes of an optimizer that was built
+OPTIMIZERS = ["_iterations", "_trainable_variables", "_trainable_variables_indices"]  # of an optimizer that was built
+VARIABLES = ["_shape", "_initialize"]  # of a keras.Variable
 
 
 def functional():
@@ -82,9 +85,29 @@ def test_attributes_of_optimizers_are_there():
 
 @pytest.mark.parametrize(("module", "names"), MODULES, ids=lambda x: x if isinstance(x, str) else "")
 def test_modules_are_there(module, names):
+    module, _, owner = module.rpartition(".") if module.endswith("DataAdapter") else (module, "", "")
     found = __import__(module, fromlist=["x"])
+    found = getattr(found, owner) if owner else found
     for name in names:
         assert hasattr(found, name)
+
+
+def test_a_variable_can_grow():
+    """Keras's optimizers, layers and models hold the variable, not what is inside it."""
+    variable = keras.Variable(np.ones((3, 2)))
+    for name in VARIABLES:
+        assert hasattr(variable, name)
+    variable._shape = (5, 2)
+    variable._initialize(np.zeros((5, 2), "f"))
+    assert variable.shape == (5, 2) and variable.value.shape == (5, 2) and not variable.numpy().any()
+
+
+def test_keras_takes_a_data_adapter_as_it_is():
+    from keras.src.trainers import data_adapters
+
+    features = deepfm_ops.FeatureDictionary().fit({"a": [1]}, categorical="a")
+    stream = features.stream({"a": [1]}, 1)
+    assert data_adapters.get_data_adapter(stream) is stream
 
 
 def test_the_hooks_are_called(monkeypatch):

@@ -316,12 +316,14 @@ def test_rows_of_a_dictionary(tmp_path):
         table, w = loaded.get_layer("fm").embeddings.numpy(), loaded.get_layer("fm").w.numpy()[:, 0]
         for column, values in (("a", ["x", "y"]), ("t", ["p", "q"])):
             indices = [loaded.features.index(column, value) for value in values]
+            assert loaded.features.indices(column).tolist() == indices
             np.testing.assert_array_equal(loaded.embedding(column), table[indices])
             np.testing.assert_array_equal(loaded.weight(column), w[indices])
             np.testing.assert_array_equal(loaded.embedding(column, values[1].encode()), table[indices[1]])
             assert loaded.weight(column, values[1]) == w[indices[1]]
-        np.testing.assert_array_equal(loaded.embedding("n"), table[[3]])
-        np.testing.assert_array_equal(loaded.embedding("n", 12.5), table[3])
+        number = loaded.features.index("n")
+        np.testing.assert_array_equal(loaded.embedding("n"), table[[number]])
+        np.testing.assert_array_equal(loaded.embedding("n", 12.5), table[number])
     with pytest.raises(KeyError, match="value 'z' of column 'a' was not seen by fit"):
         model.embedding("a", "z")
     with pytest.raises(KeyError, match="column 'b' is not in the dictionary"):

@@ -1,7 +1,7 @@
 // FarmHash's Fingerprint64 (Pike, google/farmhash): the hash behind TensorFlow's to_hash_bucket_fast, whose
 // values are fixed for ever. Written from the published algorithm; the tests compare it with TensorFlow's.
-#ifndef DEEPFM_PYTHON_FINGERPRINT_H_
-#define DEEPFM_PYTHON_FINGERPRINT_H_
+#ifndef DEEPFM_TABLES_FINGERPRINT_H_
+#define DEEPFM_TABLES_FINGERPRINT_H_
 
 #include <cstdint>
 #include <cstring>
@@ -102,4 +102,4 @@ class Fingerprint {
 
 }  // namespace deepfm
 
-#endif  // DEEPFM_PYTHON_FINGERPRINT_H_
+#endif  // DEEPFM_TABLES_FINGERPRINT_H_

@@ -1,0 +1,157 @@
+"""Files as a source: which ones, where, and how their columns are called."""
+
+import dataclasses
+import fnmatch
+import glob
+import os
+import pathlib
+
+CRITEO = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+PARQUET = ".parquet"
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
+
+
+def pyarrow():
+    """The module, with its parts. Raises ImportError that says how to install it."""
+    try:
+        import pyarrow
+        import pyarrow.csv
+        import pyarrow.fs
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError('reading files needs pyarrow: pip install "deepfm_ops[data]"') from None
+    return pyarrow
+
+
+def suffix(path):
+    """The last ending of a path, in small letters."""
+    return pathlib.PurePosixPath(path).suffix.lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Files, in order; made by `files`.
+
+    Attributes:
+        paths: of the files.
+        names: of the columns, or None: the first line of a text file has them.
+        delimiter: of the columns of text files.
+        system: pyarrow's file system.
+
+    """
+
+    paths: tuple
+    names: tuple | None
+    delimiter: str
+    system: object
+
+    @property
+    def is_parquet(self):
+        return _kind(self.paths[0]) == PARQUET
+
+    def sizes(self):
+        """Bytes of each file."""
+        return [info.size for info in self.system.get_file_info(list(self.paths))]
+
+    def stream(self, path):
+        """A stream of the bytes of a file, decompressed."""
+        return self.system.open_input_stream(path, compression=COMPRESSED.get(suffix(path)))
+
+    def fingerprint(self):
+        """A text that other files, in names, sizes or order, do not have."""
+        pairs = zip(self.paths, self.sizes(), strict=True)
+        return "; ".join(f"{os.path.basename(path)} {size}" for path, size in pairs)
+
+
+def files(paths, *, names=None, delimiter=None, filesystem=None):
+    r"""Files as a source, with what their names do not say.
+
+    What `FeatureDictionary` takes as a source needs this function only for its keywords.
+
+    Args:
+        paths: a path, a glob, a folder (all its files that are not hidden), or a list of these: .csv, .tsv, .txt, and
+            those compressed (.gz, .zst, .bz2, .lz4), or .parquet. Paths of other file systems as pyarrow names them:
+            "s3://bucket/key", "gs://bucket/key", "hdfs://...".
+        names: of the columns of text files without a header. None: the first line has them, unless the columns that are
+            asked for are numbers (0, 1, ...), which count columns, or the file has the 40 columns of Criteo's logs and
+            `CRITEO`'s names are asked for.
+        delimiter: one character; None: by the file's name, a comma for .csv, else a tab.
+        filesystem: a pyarrow.fs.FileSystem (or one of fsspec's) in which the paths are; None: by the paths.
+
+    Raises:
+        FileNotFoundError: no such file, or a glob that finds none.
+        ValueError: names of files that cannot be read, or files of several kinds.
+        ImportError: pyarrow is not installed.
+
+    """
+    pa = pyarrow()
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given:
+        raise FileNotFoundError("no paths")
+    system, found = filesystem, []
+    if system is not None and not isinstance(system, pa.fs.FileSystem):
+        system = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(system))
+    if system is None and "://" in os.fspath(given[0]):
+        # A glob is no URI: what comes before its first mark is one.
+        system, _ = pa.fs.FileSystem.from_uri(_before_marks(os.fspath(given[0])))
+    elif system is None:
+        system = pa.fs.LocalFileSystem()
+    for path in map(os.fspath, given):
+        name = path
+        if "://" in path:
+            head = _before_marks(path)
+            here, root = pa.fs.FileSystem.from_uri(head)
+            if filesystem is None and not here.equals(system):
+                raise ValueError(f"{path} is in another file system than {given[0]}: read them apart")
+            name = root + path[len(head) :]
+        found += _expanded(pa, system, name, path)
+    kinds = {_kind(path) for path in found}
+    if len(kinds) > 1:
+        raise ValueError(f"files must be of one kind, got {sorted(kinds)}: {found[:3]}")
+    kind = kinds.pop()
+    if delimiter is None:
+        delimiter = _DELIMITERS.get(kind, ",")
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or not delimiter.isascii():
+        raise ValueError(f"delimiter must be one character, got {delimiter!r}")
+    return Files(tuple(found), None if names is None else tuple(names), delimiter, system)
+
+
+def _before_marks(path):
+    """The folders of a path before the first one with a mark of a glob; all of a path without marks."""
+    first = min((path.index(mark) for mark in "*?[" if mark in path), default=None)
+    return path if first is None else path[: path.rindex("/", 0, first)]
+
+
+def _kind(path):
+    """The ending of a path without that of its compression."""
+    found = suffix(path)
+    if found in COMPRESSED:
+        found = suffix(path[: -len(found)])
+    if found in (PARQUET, ".pq"):
+        return PARQUET
+    if found in _DELIMITERS:
+        return found
+    raise ValueError(f"{path}: what is in it cannot be told from its name; it must end in .csv, .tsv, .txt or .parquet")
+
+
+def _expanded(pa, system, name, path):
+    if any(mark in name for mark in "*?["):
+        if isinstance(system, pa.fs.LocalFileSystem):
+            matches = sorted(glob.glob(name, recursive=True))
+        else:
+            infos = system.get_file_info(pa.fs.FileSelector(_before_marks(name), recursive=True))
+            matches = sorted(info.path for info in infos if info.is_file and fnmatch.fnmatchcase(info.path, name))
+        if not matches:
+            raise FileNotFoundError(f"{path}: no file has such a name")
+        return matches
+    info = system.get_file_info([name])[0]
+    if info.type == pa.fs.FileType.Directory:
+        infos = system.get_file_info(pa.fs.FileSelector(name, recursive=True))
+        inside = sorted(i.path for i in infos if i.is_file and not os.path.basename(i.path).startswith((".", "_")))
+        if not inside:
+            raise FileNotFoundError(f"{path} is a folder without files")
+        return inside
+    if info.type == pa.fs.FileType.NotFound:
+        raise FileNotFoundError(f"{path}: no such file")
+    return [name]

@@ -1,0 +1,405 @@
+"""Batches of a source of any size, in bounded memory: read and encoded in other threads, ahead of the step.
+
+The source is cut into *pools* of rows: one chunk each or, shuffled, as many chunks as hold `shuffle_rows` rows, of
+pieces in an order that follows from (seed, epoch); a pool's rows are put in an order that follows from (seed, epoch,
+its first chunk). Batches are cut from the pools one after the other, across their ends. So a position is three numbers, the first
+chunk of a pool (a piece, and a place in it) and how many of the pool's rows were taken, and all batches from there on
+follow from it.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import os
+import queue
+import threading
+
+import numpy as np
+
+from deepfm_ops.data import sources
+
+FIXED = ("files", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
+
+
+class Stream:
+    """Batches ((indices, values), labels) of a source; `FeatureDictionary.stream` makes them.
+
+    Keras's `fit`, `evaluate` and `predict` take it as it is; `dataset()` is a tf.data.Dataset. Iterating goes on from
+    the position that `state` tells, and every pass has an order of its own.
+
+    Args:
+        features: a fitted FeatureDictionary.
+        source: as for `FeatureDictionary.fit`. An iterator can be passed over once.
+        batch_size: rows of a batch.
+        shuffle: whether the rows come in another order each pass: pieces of the files (ranges of 4 MB, row groups,
+            compressed files as a whole) in a random order, and rows at random within `shuffle_rows`.
+        seed: int; the order follows from it, and from the number of the pass, alone.
+        shard: (i, n): the i-th of n parts of the rows, without overlap: whole pieces where there are many, else every
+            n-th row.
+        drop_remainder: whether a last batch of fewer rows is left out.
+        labels: whether there are labels, in the column that `fit` was told; None: if it was told one.
+        on_bad: "error", or "skip": records that cannot be read are left out, and counted in `num_skipped`.
+        shuffle_rows: rows that are held in memory to be shuffled, 12 bytes a column.
+        threads: that encode; None: half of the machine's cores, 4 at most.
+
+    Attributes:
+        num_skipped: records that were left out so far.
+
+    Raises:
+        ValueError: arguments that do not fit; while reading, a record that cannot be read, by file, line and column.
+        KeyError, FileNotFoundError, ImportError: as `FeatureDictionary.fit`.
+
+    """
+
+    def __init__(
+        self,
+        features,
+        source,
+        batch_size,
+        *,
+        shuffle=False,
+        seed=0,
+        shard=(0, 1),
+        drop_remainder=False,
+        labels=None,
+        on_bad="error",
+        shuffle_rows=1 << 17,
+        threads=None,
+    ):
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
+        index, count = shard
+        if not 0 <= index < count:
+            raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard!r}")
+        if not features.fields:
+            raise ValueError("fit or load the FeatureDictionary first")
+        self.has_labels = features.label is not None if labels is None else bool(labels)
+        if self.has_labels and features.label is None:
+            raise ValueError("labels=True needs a FeatureDictionary whose fit was told the column: fit(..., label=...)")
+        self.features, self._source, self._on_bad = features, source, on_bad
+        self.size, self.shuffle, self.seed, self.shard = (
+            int(batch_size),
+            bool(shuffle),
+            int(seed),
+            (int(index), int(count)),
+        )
+        self.drop_remainder, self.shuffle_rows = bool(drop_remainder), int(shuffle_rows)
+        self._threads = max(1, min(4, (os.cpu_count() or 1) // 2)) if threads is None else threads
+        self._reading = self._open()
+        self._fingerprint = None if self._reading.files is None else self._reading.files.fingerprint()
+        self._pieces = None
+        self.epoch, self._batch, self._rows, self._at = 0, 0, 0, (0, 0, 0)
+        self._next, self._is_used_up, self.error = 0, False, None
+        # {(epoch, batch): the position after it}, of batches that were handed out and wait to be trained on.
+        self._handed = None
+        self._lengths = {}  # batches of each pass that was read to its end
+
+    def _open(self):
+        features = self.features
+        needs = features.needs(label=self.has_labels)
+        return sources.Reading(self._source, needs, self._on_bad, features.nonfinite, dictionaries=True)
+
+    @property
+    def num_skipped(self):
+        return self._reading.bad.count
+
+    # The position.
+
+    def state(self):
+        """A small dict for JSON: the batch after the last one that was trained on, or that an iteration gave."""
+        piece, chunk, row = self._at
+        position = {
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "rows": self._rows,
+            "piece": piece,
+            "chunk": chunk,
+            "row": row,
+        }
+        return position | self._fixed()
+
+    def _fixed(self):
+        return {
+            "files": self._fingerprint,
+            "batch_size": self.size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "shard": list(self.shard),
+            "drop_remainder": self.drop_remainder,
+            "shuffle_rows": self.shuffle_rows,
+        }
+
+    def restore(self, state):
+        """Goes on where another stream, of the same source and arguments, stood.
+
+        Raises:
+            ValueError: a state of other files or arguments, or no state.
+
+        """
+        try:
+            position = {name: int(state[name]) for name in ("epoch", "batch", "rows", "piece", "chunk", "row")}
+            given = {name: state[name] for name in FIXED}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no state of a stream: {error!r}") from None
+        for name, value in self._fixed().items():
+            if given[name] != value:
+                raise ValueError(f"the state is of a stream with {name} {given[name]!r}, this one has {value!r}")
+        self.epoch, self._batch, self._rows = position["epoch"], position["batch"], position["rows"]
+        self._at = (position["piece"], position["chunk"], position["row"])
+
+    def track(self, start):
+        """From now on (start), batches that are handed out count when `trained` says so; or (not start) no longer."""
+        self._handed = {} if start else None
+
+    @property
+    def rows(self):
+        """Rows of this pass that were trained on."""
+        return self._rows
+
+    @property
+    def batch(self):
+        """Batches of this pass that were trained on."""
+        return self._batch
+
+    def trained(self, batches):
+        """Moves the position past so many more batches; returns how many rows they had."""
+        total = 0
+        for _ in range(batches):
+            key = (self.epoch, self._batch + 1)
+            if self._handed is None or key not in self._handed:
+                raise RuntimeError("more batches were trained on than this stream gave")
+            at, rows = self._handed.pop(key)
+            self._move(at, rows)
+            total += rows
+        return total
+
+    def _move(self, at, rows):
+        self._at, self._batch, self._rows = at, self._batch + 1, self._rows + rows
+        if self._lengths.get(self.epoch) == self._batch:
+            self.epoch, self._batch, self._rows, self._at = self.epoch + 1, 0, 0, (0, 0, 0)
+
+    @contextlib.contextmanager
+    def raising(self):
+        """Inside, an error while batches are read comes out as what it is, not as TensorFlow's."""
+        self.error = None
+        try:
+            yield
+        except Exception as error:
+            if self.error is None or self.error is error:
+                raise
+            raise self.error from None
+
+    # The batches.
+
+    def __iter__(self):
+        """The batches from the position on, to the end of the pass; each moves the position past it."""
+        epoch = self.epoch
+        for batch, at, rows in self._pass(epoch, self._batch, self._at):
+            if self.epoch == epoch:
+                self._move(at, rows)
+            yield batch
+
+    def batches(self):
+        """The batches of a pass, for Keras; one after the other has passes of ever higher numbers."""
+        epoch = max(self.epoch, self._next)
+        first, at = (self._batch, self._at) if epoch == self.epoch else (0, (0, 0, 0))
+        try:
+            for number, (batch, after, rows) in enumerate(self._pass(epoch, first, at), first + 1):
+                if self._handed is not None:
+                    self._handed[epoch, number] = after, rows
+                yield batch
+        except Exception as error:  # for `raising`: of TensorFlow's it is a text only
+            self.error = error
+            raise
+        self._next = epoch + 1
+
+    def _pass(self, epoch, first, at):
+        """(batch, position after it, rows) from a position in a pass; the last one is known to be when it is given."""
+        before, number = None, first
+        for batch in self._cut(epoch, at):
+            if before is not None:
+                number += 1
+                yield before
+            before = batch
+        if before is not None:
+            number += 1
+            self._lengths[epoch] = number
+            yield before
+
+    def _cut(self, epoch, at):
+        parts, have = [], 0
+        for place, order, arrays, skip in self._pools(epoch, at):
+            row, rows = skip, len(arrays[0])
+            while row < rows:
+                take = min(self.size - have, rows - row)
+                if order is None:
+                    parts.append([array[row : row + take] for array in arrays])
+                else:
+                    parts.append([array[order[row : row + take]] for array in arrays])
+                row, have = row + take, have + take
+                if have == self.size:
+                    yield self._as_batch(parts), (*place, row), have
+                    parts, have = [], 0
+        if have and not self.drop_remainder:
+            yield self._as_batch(parts), (*place, rows), have
+
+    def _as_batch(self, parts):
+        arrays = parts[0] if len(parts) == 1 else [np.concatenate(some) for some in zip(*parts, strict=True)]
+        return ((arrays[0], arrays[1]), arrays[2]) if self.has_labels else ((arrays[0], arrays[1]),)
+
+    def _pools(self, epoch, at):
+        """((piece, chunk) of the first chunk, order or None, arrays, rows to skip) of each pool."""
+        held, rows, place, skip = [], 0, at[:2], at[2]
+        for here, arrays in self._chunks(epoch, *place):
+            place = place if held else here
+            held.append(arrays)
+            rows += len(arrays[0])
+            if not self.shuffle or rows >= self.shuffle_rows:
+                yield self._pool(epoch, place, held, rows, skip)
+                held, rows, skip = [], 0, 0
+        if held:
+            yield self._pool(epoch, place, held, rows, skip)
+
+    def _pool(self, epoch, place, held, rows, skip):
+        arrays = held[0] if len(held) == 1 else [np.concatenate(some) for some in zip(*held, strict=True)]
+        order = np.random.default_rng((self.seed, epoch, *place)).permutation(rows) if self.shuffle else None
+        return place, order, arrays, skip
+
+    def _chunks(self, epoch, piece, chunk):
+        """((piece, chunk), arrays) of the chunks from one on, read in a thread and encoded in others."""
+        tasks = queue.Queue(self._threads + 2)
+        stop = threading.Event()
+
+        def put(item):
+            while not stop.is_set():
+                try:
+                    tasks.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read():
+            try:
+                for place, task in self._tasks(epoch, piece, chunk):
+                    if stop.is_set() or not put((place, pool.submit(self._encoded, task, place))):
+                        return
+                put(None)
+            except BaseException as error:  # the reader's error is raised where its rows would have come
+                put((None, error))
+
+        with concurrent.futures.ThreadPoolExecutor(self._threads, "deepfm_ops-encode") as pool:
+            reader = threading.Thread(target=read, name="deepfm_ops-read", daemon=True)
+            reader.start()
+            try:
+                while (item := tasks.get()) is not None:
+                    place, future = item
+                    if place is None:
+                        raise future
+                    arrays = future.result()
+                    if arrays is not None:
+                        yield place, arrays
+            finally:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                reader.join()
+
+    def _tasks(self, epoch, first, chunk):
+        pieces = self._all_pieces()
+        if isinstance(pieces, list):
+            order = np.arange(len(pieces))
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(pieces))
+            if self._by_piece:
+                order = order[self.shard[0] :: self.shard[1]]
+            named = ((number, pieces[piece]) for number, piece in enumerate(order[first:], first))
+        else:
+            named = ((number, piece) for number, piece in enumerate(pieces) if number >= first)
+        for number, piece in named:
+            for place, task in enumerate(piece.chunks()):
+                if number > first or place >= chunk:
+                    yield (number, place), task
+
+    @property
+    def _by_piece(self):
+        return self.shard[1] > 1 and isinstance(self._pieces, list) and len(self._pieces) >= 16 * self.shard[1]
+
+    def _all_pieces(self):
+        if self._pieces is None:
+            pieces = self._reading.pieces()
+            if isinstance(pieces, list):
+                self._pieces = pieces
+            elif isinstance(self._source, list | tuple):
+                self._pieces = list(pieces)
+            else:
+                if isinstance(self._source, collections.abc.Iterator):
+                    if self._is_used_up:
+                        raise ValueError(
+                            "the source is an iterator, which can be passed over once: give a list, or files"
+                        )
+                    self._is_used_up = True
+                return pieces
+        return self._pieces
+
+    def _encoded(self, task, place):
+        table = task()
+        if table is None:
+            return None
+        indices, values, _ = self.features.encode_table(table)
+        arrays = [indices, values]
+        if self.has_labels:
+            arrays.append(table.numbers(self.features.label).astype(np.float32))
+        if self.shard[1] > 1 and not self._by_piece:
+            arrays = [array[self.shard[0] :: self.shard[1]] for array in arrays]
+        return arrays
+
+    def dataset(self):
+        """The stream as a tf.data.Dataset of ((indices, values), labels); every iteration over it is another pass."""
+        import tensorflow as tf
+
+        columns = self.features.num_columns
+        inputs = (tf.TensorSpec((None, columns), tf.int64), tf.TensorSpec((None, columns), tf.float32))
+        signature = (inputs, tf.TensorSpec((None,), tf.float32)) if self.has_labels else (inputs,)
+        return tf.data.Dataset.from_generator(self.batches, output_signature=signature).prefetch(2)
+
+    # What Keras asks of a data adapter; see `stream_class`.
+
+    def get_tf_dataset(self):
+        return self.dataset()
+
+    def get_numpy_iterator(self):
+        return self.batches()
+
+    @property
+    def num_batches(self):
+        """0: not known. Of None Keras would take the length of the first pass, which may be the rest of one."""
+        return 0
+
+    @property
+    def batch_size(self):
+        return self.size
+
+    @property
+    def has_partial_batch(self):
+        return None
+
+    @property
+    def partial_batch_size(self):
+        return None
+
+    def on_epoch_begin(self):
+        pass
+
+    def on_epoch_end(self):
+        pass
+
+
+@functools.cache
+def stream_class():
+    """Stream, and where Keras is installed one of its data adapters too: what all of its models take as it is."""
+    try:
+        from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+    except ImportError:
+        return Stream
+    return type("Stream", (Stream, DataAdapter), {"__doc__": Stream.__doc__, "__module__": __name__})

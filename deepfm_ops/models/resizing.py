@@ -1,0 +1,104 @@
+"""More rows for the tables of a model: what `DeepFM.resize` does, to its weights and to whatever an optimizer keeps."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from deepfm_ops.combined import unscaled
+
+
+def fresh_rows(old, new):
+    """Which indices of a dictionary are another's than they were, ascending, int64: those that it had, and those added.
+
+    Args:
+        old: FeatureDictionary, before updates.
+        new: after them.
+
+    Raises:
+        ValueError: the new one does not come from the old one by `update` and `evict`.
+
+    """
+    before, after = old.vocabulary, new.vocabulary
+    size = before.size
+    alike = len(old.fields) == len(new.fields) and after.size >= size and after.generation >= before.generation
+    alike = alike and all(vars(a) == vars(b) for a, b in zip(old.fields, new.fields, strict=True))
+    changed = alike and after.changed[:size] > before.generation
+    for name in ("columns", "text_sizes") if alike else ():
+        # A value that was evicted has no text until another gets its row.
+        alike = alike and bool(((getattr(after, name)[:size] == getattr(before, name)) | changed).all())
+    if not alike:
+        raise ValueError(
+            "features are not the model's after `update` or `evict`: they were fitted on their own, so every index "
+            "would be another's; make another model of them"
+        )
+    return np.concatenate([np.flatnonzero(changed), np.arange(size, after.size)])
+
+
+def grow(variable, rows, values):
+    """Gives a weight other values at some rows, and as many rows as they need; the others keep theirs.
+
+    Args:
+        variable: keras.Variable [V, ...].
+        rows: int64 [n], ascending.
+        values: [n, ...], or one value for all.
+
+    """
+    size = max(variable.shape[0], int(rows[-1]) + 1 if len(rows) else 0)
+    grown = np.empty((size, *variable.shape[1:]), variable.value.dtype.as_numpy_dtype)
+    grown[: variable.shape[0]] = variable.value.numpy()
+    grown[rows] = values
+    # Whoever holds the variable, a layer, a model, an optimizer, goes on holding it.
+    variable._shape = grown.shape
+    variable._initialize(tf.convert_to_tensor(grown))
+
+
+def grow_tables(optimizer, tables, rows):
+    """`grow` for tables, and for what an optimizer keeps of them, as a fresh one would.
+
+    Args:
+        optimizer: built, or None.
+        tables: [(variable, its values at the rows)].
+        rows: int64 [n], ascending.
+
+    """
+    optimizer = unscaled(optimizer)
+    parts = [] if optimizer is None else getattr(optimizer, "_parts", (optimizer,))
+    keys = [[part._var_key(variable) for variable in part._trainable_variables] for part in parts]
+    for variable, values in tables:
+        for part in parts:
+            if any(variable is other for other in part._trainable_variables):
+                _grow_slots(part, variable, rows)
+        grow(variable, rows, values)
+    for part, before in zip(parts, keys, strict=True):  # it tells variables apart by what is inside them
+        after = [part._var_key(variable) for variable in part._trainable_variables]
+        part._trainable_variables_indices = {key: place for place, key in enumerate(after)}
+        renamed = dict(zip(before, after, strict=True))
+        for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_cache"):
+            known = getattr(part, name, None)
+            if isinstance(known, set):
+                setattr(part, name, {renamed.get(key, key) for key in known})
+            elif known is not None:
+                setattr(part, name, {})
+
+
+def _grow_slots(optimizer, variable, rows):
+    variables = optimizer._trainable_variables
+    place = next(i for i, other in enumerate(variables) if other is variable)
+    # What a fresh optimizer keeps of a row, of another one of the same arguments; every row has the same.
+    row = keras.Variable(tf.zeros((1, *variable.shape[1:]), variable.dtype), name=variable.name, trainable=True)
+    if hasattr(variable, "row_counts"):
+        row.row_counts = lambda: None
+    other = type(optimizer).from_config(optimizer.get_config())
+    other.build([row])
+    for name, slots in list(vars(optimizer).items()):
+        if not isinstance(slots, list | tuple) or len(slots) != len(variables) or name == "_trainable_variables":
+            continue
+        slot = slots[place]
+        if isinstance(slot, keras.Variable) and slot.shape.rank and slot.shape[0] == variable.shape[0]:
+            grow(slot, rows, vars(other)[name][0].numpy())
+
+
+def fresh_values(variable, initializer, rows, size):
+    """What a fresh weight of so many rows has at some of them, [n, ...]."""
+    whole = initializer((size, *variable.shape[1:]), dtype=variable.dtype)
+    return tf.gather(whole, rows).numpy()
