@@ -23,6 +23,7 @@ namespace py = pybind11;
 namespace deepfm {
 
 void BindTables(py::module_& parent);  // tables.cc
+void BindLibsvm(py::module_& parent);  // libsvm.cc
 
 namespace {
 
@@ -360,6 +361,8 @@ double Touch(const py::array& table, const py::array& indices, int64_t distance,
 }
 
 }  // namespace
+
+
 }  // namespace deepfm
 
 PYBIND11_MODULE(_kernels, m) {
@@ -432,4 +435,5 @@ Raises:
       "name"_a,
       "Uses that build of the loops from now on, in this module. Raises ValueError if the machine cannot run it.");
   deepfm::BindTables(m);
+  deepfm::BindLibsvm(m);
 }
