@@ -5,7 +5,7 @@
 # make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
 #              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
 # make docs    pages of the public names, from the docstrings, into build/docs
-# make sanitize  fuzz the kernels under ASan, UBSan and TSan
+# make sanitize  fuzz the kernels and the libsvm parser under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
@@ -117,9 +117,14 @@ build/$(1)/fuzz: $$(call FUZZ_OBJECTS,$(1))
 endef
 $(foreach kind,asan tsan,$(eval $(call FUZZ,$(kind))))
 
-sanitize: build/asan/fuzz build/tsan/fuzz
+build/asan/fuzz_libsvm: tests/native/fuzz_libsvm.cc $(SOURCES)
+	@mkdir -p build/asan
+	$(CXX) -std=c++17 -O1 -g -Wall $(FLAGS_asan) $< -o $@
+
+sanitize: build/asan/fuzz build/tsan/fuzz build/asan/fuzz_libsvm
 	build/asan/fuzz $(CASES) 1
 	build/tsan/fuzz $(CASES) 2
+	build/asan/fuzz_libsvm $(CASES) 3
 
 lint: setup
 	$(BIN)/ruff check .
