@@ -1,5 +1,6 @@
 """From files and tables of any size to batches. Imports neither TensorFlow nor Keras."""
 
 from deepfm_ops.data.files import CRITEO, files
+from deepfm_ops.data.libsvm import iter_libffm, iter_libsvm, read_libffm, read_libsvm
 
-__all__ = ["CRITEO", "files"]
+__all__ = ["CRITEO", "files", "iter_libffm", "iter_libsvm", "read_libffm", "read_libsvm"]
