@@ -136,7 +136,7 @@ setup(
     extras_require={
         "cpu": [f"tensorflow-cpu{versions.REQUIREMENT}"],
         "gpu": [f"tensorflow{versions.REQUIREMENT}"],
-        "data": ["pandas"],
+        "data": ["pandas", "pyarrow"],
         "demo": ["pandas", "matplotlib"],
         "serve": SERVE,
         "lint": LINT,
