@@ -362,7 +362,6 @@ double Touch(const py::array& table, const py::array& indices, int64_t distance,
 
 }  // namespace
 
-
 }  // namespace deepfm
 
 PYBIND11_MODULE(_kernels, m) {

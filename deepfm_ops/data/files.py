@@ -136,7 +136,8 @@ def _kind(path):
 
 
 def _expanded(pa, system, name, path):
-    if any(mark in name for mark in "*?["):
+    exists = system.get_file_info([name])[0].type != pa.fs.FileType.NotFound  # a name may have brackets
+    if not exists and any(mark in name for mark in "*?["):
         if isinstance(system, pa.fs.LocalFileSystem):
             matches = sorted(glob.glob(name, recursive=True))
         else:

@@ -2,9 +2,9 @@
 
 The source is cut into *pools* of rows: one chunk each or, shuffled, as many chunks as hold `shuffle_rows` rows, of
 pieces in an order that follows from (seed, epoch); a pool's rows are put in an order that follows from (seed, epoch,
-its first chunk). Batches are cut from the pools one after the other, across their ends. So a position is three numbers, the first
-chunk of a pool (a piece, and a place in it) and how many of the pool's rows were taken, and all batches from there on
-follow from it.
+its first chunk). Batches are cut from the pools one after the other, across their ends. So a position is three
+numbers, the first chunk of a pool (a piece, and a place in it) and how many of the pool's rows were taken, and all
+batches from there on follow from it.
 """
 
 import collections
