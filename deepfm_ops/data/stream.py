@@ -69,6 +69,8 @@ class Stream:
     ):
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
+        if not isinstance(shuffle_rows, int | np.integer) or shuffle_rows < 1:
+            raise ValueError(f"shuffle_rows must be a number from 1 on, got {shuffle_rows!r}")
         index, count = shard
         if not 0 <= index < count:
             raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard!r}")
