@@ -68,7 +68,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._follower = None
         if self._given is not None and getattr(self.model, "training_stream", None) is not self._given:
             self._follower = StreamCallback(self._given)  # nobody else moves it
-            self._follower.on_train_begin()
+            self._given.track()
         shutil.rmtree(self.folder / "unfinished", ignore_errors=True)
         self.epoch, self.model._initial_epoch = 0, None
         checkpoints = self._whole()
@@ -96,7 +96,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
         if self._follower is not None:
-            self._follower.on_train_end()
+            self._given.untrack()
 
     def _optimizer(self):
         optimizer = unscaled(self.model.optimizer)

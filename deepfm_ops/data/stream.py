@@ -94,7 +94,7 @@ class Stream:
         self.epoch, self._batch, self._rows, self._at = 0, 0, 0, (0, 0, 0)
         self._next, self._is_used_up, self.error = 0, False, None
         # {(epoch, batch): the position after it}, of batches that were handed out and wait to be trained on.
-        self._handed = None
+        self._handed, self._endless, self.is_at_end = None, False, False
         self._lengths = {}  # batches of each pass that was read to its end
 
     def _open(self):
@@ -150,9 +150,17 @@ class Stream:
         self.epoch, self._batch, self._rows = position["epoch"], position["batch"], position["rows"]
         self._at = (position["piece"], position["chunk"], position["row"])
 
-    def track(self, start):
-        """From now on (start), batches that are handed out count when `trained` says so; or (not start) no longer."""
-        self._handed = {} if start else None
+    def track(self, endless=False):
+        """From now on, batches count when `trained` says so, and not when they are handed out.
+
+        Args:
+            endless: whether one pass follows the other, so that who takes the batches has no end of one.
+
+        """
+        self._handed, self._endless, self.is_at_end = {}, endless, False
+
+    def untrack(self):
+        self._handed, self._endless, self.is_at_end = None, False, False
 
     @property
     def rows(self):
@@ -168,6 +176,8 @@ class Stream:
         """Moves the position past so many more batches; returns how many rows they had."""
         total = 0
         for _ in range(batches):
+            if self.is_at_end:  # Keras counts whole executions of several steps
+                break
             key = (self.epoch, self._batch + 1)
             if self._handed is None or key not in self._handed:
                 raise RuntimeError("more batches were trained on than this stream gave")
@@ -180,6 +190,7 @@ class Stream:
         self._at, self._batch, self._rows = at, self._batch + 1, self._rows + rows
         if self._lengths.get(self.epoch) == self._batch:
             self.epoch, self._batch, self._rows, self._at = self.epoch + 1, 0, 0, (0, 0, 0)
+            self.is_at_end = not self._endless
 
     @contextlib.contextmanager
     def raising(self):
@@ -203,18 +214,21 @@ class Stream:
             yield batch
 
     def batches(self):
-        """The batches of a pass, for Keras; one after the other has passes of ever higher numbers."""
-        epoch = max(self.epoch, self._next)
-        first, at = (self._batch, self._at) if epoch == self.epoch else (0, (0, 0, 0))
-        try:
-            for number, (batch, after, rows) in enumerate(self._pass(epoch, first, at), first + 1):
-                if self._handed is not None:
-                    self._handed[epoch, number] = after, rows
-                yield batch
-        except Exception as error:  # for `raising`: of TensorFlow's it is a text only
-            self.error = error
-            raise
-        self._next = epoch + 1
+        """The batches of a pass, or without an end, for Keras; one call after the other has later passes."""
+        while True:
+            epoch = max(self.epoch, self._next)
+            first, at = (self._batch, self._at) if epoch == self.epoch else (0, (0, 0, 0))
+            try:
+                for number, (batch, after, rows) in enumerate(self._pass(epoch, first, at), first + 1):
+                    if self._handed is not None:
+                        self._handed[epoch, number] = after, rows
+                    yield batch
+            except Exception as error:  # for `raising`: of TensorFlow's it is a text only
+                self.error = error
+                raise
+            self._next = epoch + 1
+            if not self._endless:
+                return
 
     def _pass(self, epoch, first, at):
         """(batch, position after it, rows) from a position in a pass; the last one is known to be when it is given."""

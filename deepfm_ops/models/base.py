@@ -265,15 +265,24 @@ class ConfiguredModel(keras.Model):
         return history
 
     def _fit_stream(self, stream, validation_data, callbacks, epochs, verbose, **options):
+        stream.track(endless=options["steps_per_epoch"] is not None)
         callbacks = epochs_.with_first(callbacks, epochs_.StreamCallback(stream))
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = epochs_.callback_list(self, callbacks, verbose, epochs, options["steps_per_epoch"])
         self.epoch_order, self.training_stream = None, stream
-        with _streaming(stream, validation_data):
-            history = super().fit(
-                stream, epochs=epochs, verbose=verbose, callbacks=callbacks, validation_data=validation_data, **options
-            )
-        self.training_stream = None
+        try:
+            with _streaming(stream, validation_data):
+                history = super().fit(
+                    stream,
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=callbacks,
+                    validation_data=validation_data,
+                    **options,
+                )
+        finally:
+            self.training_stream = None
+            stream.untrack()
         self.show_averages()
         return history
 
@@ -305,7 +314,7 @@ class ConfiguredModel(keras.Model):
         before = getattr(self, name)
         make(force)
         function = getattr(self, name)
-        if function is not before and self._averaging() is not None:
+        if function is not before:
 
             def prepared(*args):
                 prepare()
@@ -314,8 +323,14 @@ class ConfiguredModel(keras.Model):
             setattr(self, name, prepared)
         return getattr(self, name)
 
+    def _before_step(self):
+        if self.training_stream is not None and self.training_stream.is_at_end:
+            # Keras would run the step on nothing to see that, and the optimizer would count it.
+            raise tf.errors.OutOfRangeError(None, None, "the stream's pass is over")
+        self._hide_averages()
+
     def make_train_function(self, force=False):
-        return self._first(self._hide_averages, "train_function", super().make_train_function, force)
+        return self._first(self._before_step, "train_function", super().make_train_function, force)
 
     def make_test_function(self, force=False):
         return self._first(self.show_averages, "test_function", super().make_test_function, force)

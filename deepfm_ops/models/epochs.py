@@ -5,7 +5,6 @@ epochs then have one order. Here the order of an epoch is a permutation from (se
 with.
 """
 
-import threading
 import time
 
 import keras
@@ -138,27 +137,18 @@ class EpochCallback(keras.callbacks.Callback):
 class StreamCallback(EpochCallback):
     """Moves a stream's position with the training, and shows rows and rows per second in Keras's bar."""
 
-    async_safe = True  # Keras may call it from several threads, in any order
-
     def __init__(self, stream):
         super().__init__()
-        self.stream, self._turn = stream, threading.Lock()
-
-    def on_train_begin(self, logs=None):
-        self.stream.track(True)
-
-    def on_train_end(self, logs=None):
-        self.stream.track(False)
+        self.stream = stream
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.stream.is_at_end = False
         self._batches, self._start = 0, time.perf_counter()
         self._rows, self._done = 0, self.stream.rows
 
     def on_train_batch_end(self, batch, logs=None):
-        with self._turn:
-            self._rows += self.stream.trained(max(0, batch + 1 - self._batches))
-            self._batches = max(self._batches, batch + 1)
-            rows = self._rows
+        self._rows += self.stream.trained(batch + 1 - self._batches)
+        self._batches = batch + 1
         if logs is not None:
-            logs["rows"] = self._done + rows
-            logs["rows_per_second"] = rows / (time.perf_counter() - self._start)
+            logs["rows"] = self._done + self._rows
+            logs["rows_per_second"] = self._rows / (time.perf_counter() - self._start)

@@ -213,6 +213,7 @@ def test_keras_takes_it(folder, frame, learnable):
     )
     for name in ("loss", "val_loss", "val_AUC"):
         np.testing.assert_allclose(history.history[name], expected.history[name], rtol=1e-5)
+    assert int(streamed.optimizer.iterations) == 48  # and no step on nothing at the end of a pass
     assert [logs["rows"] for logs in shown[:17]] == [*range(64, ROWS, 64), ROWS, 64]
     assert all(logs["rows_per_second"] > 0 for logs in shown)
     assert stream.epoch == 3 and valid.epoch == 0
@@ -224,6 +225,17 @@ def test_keras_takes_it(folder, frame, learnable):
         np.testing.assert_allclose(scores, ready.predict((indices, values), verbose=0), rtol=1e-4, atol=1e-6)
 
 
+def test_steps_per_epoch(folder, learnable):
+    """Epochs that end where passes do not: one pass follows the other."""
+    model, stream = make(learnable), learnable.stream(str(folder / "*.csv"), 64)
+    history = model.fit(stream, epochs=5, steps_per_epoch=8, verbose=0)
+    assert len(history.epoch) == 5 and int(model.optimizer.iterations) == 40
+    assert (stream.state()["epoch"], stream.state()["batch"]) == (2, 8)
+    with pytest.raises(ValueError, match="every_steps and steps_per_epoch exclude each other"):
+        callbacks = [Checkpoint(folder / "none", every_steps=2)]
+        model.fit(stream, epochs=5, steps_per_epoch=8, verbose=0, callbacks=callbacks)
+
+
 def test_the_bar(folder, learnable, capfd):
     make(learnable).fit(learnable.stream(str(folder / "*.csv"), 64), epochs=2)
     printed = capfd.readouterr()
@@ -233,7 +245,7 @@ def test_the_bar(folder, learnable, capfd):
 
 def test_other_keras_models_take_it(folder, frame, learnable):
     inputs = keras.Input((learnable.num_columns,), dtype="int64"), keras.Input((learnable.num_columns,))
-    output = FMInteraction(learnable.num_learnable, 4, use_linear=True)(inputs)
+    output = FMInteraction(learnable.num_features, 4, use_linear=True)(inputs)
     model = keras.Model(inputs, keras.layers.Activation("sigmoid")(output))
     model.compile("adam", "binary_crossentropy")
     stream = learnable.stream(str(folder / "*.csv"), 64, shuffle=True)
@@ -297,7 +309,7 @@ def test_checkpoints_of_other_models(folder, learnable, tmp_path):
 
     def run(callbacks):
         keras.utils.set_random_seed(3)
-        output = FMInteraction(learnable.num_learnable, 4, use_linear=True)(inputs)
+        output = FMInteraction(learnable.num_features, 4, use_linear=True)(inputs)
         model = keras.Model(inputs, keras.layers.Activation("sigmoid")(output))
         model.compile("adam", "binary_crossentropy")
         stream = learnable.stream(str(folder / "*.csv"), 64, shuffle=True)
