@@ -3,13 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 
 #include "../tables/fingerprint.h"
 #include "../tables/texts.h"
@@ -29,7 +28,7 @@ py::array_t<T> Copied(const std::vector<T>& values) {
 template <typename T>
 void CheckVector(const char* name, const py::array& array, bool contiguous = true) {
   if (!py::isinstance<py::array_t<T>>(array) || array.ndim() != 1 ||
-      (contiguous && array.size() > 1 && array.strides(0) != sizeof(T)) ||
+      (array.size() > 1 && (contiguous ? array.strides(0) != sizeof(T) : array.strides(0) % sizeof(T) != 0)) ||
       reinterpret_cast<uintptr_t>(array.data()) % sizeof(T))
     throw py::type_error(std::string(name) + " must be a vector of " + std::string(py::str(py::dtype::of<T>())) +
                          ", got " + std::string(py::str(array.dtype())) + " of shape " +
@@ -50,12 +49,12 @@ class Column {
     }
     texts_.starts = starts.data();
     texts_.ends = ends.data();
-    texts_.data = static_cast<const char*>(data.data());
+    texts_.data = data.size() ? static_cast<const char*>(data.data()) : "";  // null would be missing
     texts_.count = starts.size();
     texts_.empty_is_missing = empty_is_missing;
     if (validity) {
       CheckVector<uint8_t>("validity", *validity);
-      if (first_bit < 0 || (first_bit + texts_.count + 7) / 8 > validity->size())
+      if (first_bit < 0 || first_bit > validity->size() * 8 - texts_.count)
         throw py::value_error("validity has not enough bits");
       held_.push_back(*validity);
       texts_.validity = static_cast<const uint8_t*>(validity->data());
@@ -254,8 +253,8 @@ class Table {
     if (blocks_) {
       const char *base = static_cast<const char*>(blocks_->content().data()),
                  *here = static_cast<const char*>(slots.data());
-      if (here < base || here + slots.size() > base + blocks_->content().size())
-        throw py::value_error("slots must lie in the blocks");
+      if (here < base || here + slots.size() > base + blocks_->content().size() || (here - base) % sizeof(Slot))
+        throw py::value_error("slots must lie in the blocks, at a multiple of 16");  // each in one block
       vocabulary_.blocks = blocks_->get();
     }
   }
@@ -266,6 +265,7 @@ class Table {
     CheckVector<int64_t>("ids", ids, false);
     if (values) CheckVector<float>("values", *values, false);
     const int64_t count = texts.texts().count;
+    if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
     if (ids.size() != count || (values && values->size() != count))
       throw py::value_error("ids and values must be as long as the column");
     int64_t* id = static_cast<int64_t*>(ids.mutable_data());
@@ -302,16 +302,17 @@ class Table {
 
 // Counts the cells of a column; (missing, unknown, the first row whose text is not UTF-8 or too long, or -1).
 py::tuple Count(Counter& counter, const Column& texts, const Table* known, std::optional<py::array> counts) {
-  int64_t* count = nullptr;
+  int64_t *count = nullptr, num_counts = 0;
   if (known) {
     if (!counts) throw py::type_error("counts are needed where values are known");
     CheckVector<int64_t>("counts", *counts);
     count = static_cast<int64_t*>(counts->mutable_data());
+    num_counts = counts->size();
   }
   Found found;
   {
     py::gil_scoped_release release;
-    found = counter.Add(texts.texts(), known ? &known->get() : nullptr, count);
+    found = counter.Add(texts.texts(), known ? &known->get() : nullptr, count, num_counts);
   }
   Table::CheckDamage(found.damaged);
   return py::make_tuple(found.missing, found.unknown, found.bad_row);
@@ -332,6 +333,8 @@ py::tuple Finish(const Counter& counter, uint64_t least) {
 py::array_t<uint8_t> Slots(const py::array_t<uint64_t, py::array::c_style>& keys,
                            const py::array_t<uint32_t, py::array::c_style>& ids) {
   if (keys.size() != ids.size()) throw py::value_error("keys and ids must be equally long");
+  if (std::count(keys.data(), keys.data() + keys.size(), 0))
+    throw py::value_error("a key of 0 is that of a missing cell");
   const int64_t capacity = CapacityFor(keys.size());
   const py::array_t<uint64_t> whole(capacity * 2);  // for its alignment
   py::array_t<uint8_t> slots({capacity * static_cast<py::ssize_t>(sizeof(Slot))}, {1},
@@ -382,9 +385,11 @@ void FillBags(const py::array_t<int64_t, py::array::c_style>& row_splits,
               const py::array_t<int64_t, py::array::c_style>& ids,
               const std::optional<py::array_t<float, py::array::c_style>>& weights, py::array indices,
               py::array values) {
+  const int aligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   if (!py::isinstance<py::array_t<int64_t>>(indices) || !py::isinstance<py::array_t<float>>(values) ||
-      indices.ndim() != 2 || values.ndim() != 2 || indices.shape(0) != row_splits.size() - 1 ||
-      values.shape(0) != indices.shape(0) || values.shape(1) != indices.shape(1))
+      !(indices.flags() & values.flags() & aligned) || indices.ndim() != 2 || values.ndim() != 2 ||
+      indices.shape(0) != row_splits.size() - 1 || values.shape(0) != indices.shape(0) ||
+      values.shape(1) != indices.shape(1))
     throw py::type_error("indices and values must be int64 and float32 [rows, size]");
   const int64_t rows = row_splits.size() - 1, size = indices.shape(1);
   const int64_t* split = row_splits.data();

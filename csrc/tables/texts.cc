@@ -1,5 +1,8 @@
 #include "texts.h"
 
+#include <locale.h>
+#include <stdlib.h>
+
 #include <charconv>
 #include <cmath>
 #include <cstring>
@@ -89,14 +92,18 @@ Spelled ReadNumber(const char* text, int64_t size, double* number) {
   for (const char* mark : {"NA", "N/A", "NaN", "nan", "NULL", "null", "None", "\\N", "-"})
     if (word == mark) return Spelled::kMissing;
   if (*p == '+' && end - p > 1 && p[1] != '-') ++p;
-  const auto [stop, error] = std::from_chars(p, end, *number);
+  double read = 0;
+  const auto [stop, error] = std::from_chars(p, end, read);
   if (stop != end) return Spelled::kNoNumber;
-  if (error == std::errc::result_out_of_range) {  // of a tiny number it is zero
-    *number = std::strtod(std::string(p, end).c_str(), nullptr);
-    return Spelled::kNumber;
+  if (error == std::errc::result_out_of_range) {  // zero or infinity; the process's locale may not know the point
+    static const locale_t kC = newlocale(LC_ALL_MASK, "C", nullptr);
+    read = strtod_l(std::string(p, end).c_str(), nullptr, kC);
+  } else if (error != std::errc()) {
+    return Spelled::kNoNumber;
   }
-  if (error != std::errc()) return Spelled::kNoNumber;
-  return std::isnan(*number) ? Spelled::kMissing : Spelled::kNumber;
+  if (std::isnan(read)) return Spelled::kMissing;
+  *number = read;
+  return Spelled::kNumber;
 }
 
 bool IsUtf8(const char* text, int64_t size) {
@@ -130,8 +137,6 @@ bool IsUtf8(const char* text, int64_t size) {
 }
 
 int64_t FirstBadText(const Texts& texts, int64_t longest) {
-  // Nearly always all of it is ASCII, and short.
-  if (texts.count == 0) return -1;
   for (int64_t i = 0; i < texts.count; ++i) {
     const Texts::Cell cell = texts.At(i);
     if (cell.text && (cell.size > longest || !IsUtf8(cell.text, cell.size))) return i;

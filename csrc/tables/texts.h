@@ -45,7 +45,7 @@ struct Pieces {
 };
 Pieces Split(const Texts& texts, const std::string& separator, bool weighted);
 
-// The number that a cell spells, with blanks around it or not.
+// The number that a cell spells, with blanks around it or not; written if it is one.
 //   kMissing: nothing, or one of the marks that say so (NA, N/A, NaN, nan, NULL, null, None, \N, -)
 enum class Spelled { kNumber, kMissing, kNoNumber };
 Spelled ReadNumber(const char* text, int64_t size, double* number);

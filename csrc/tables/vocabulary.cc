@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include "fingerprint.h"
 
@@ -16,7 +17,7 @@ constexpr uint64_t kPiece = uint64_t{1} << 20;  // bytes
 }  // namespace
 
 uint64_t KeyOf(uint32_t column, const char* text, int64_t size) {
-  const uint64_t key = Fingerprint::Of(text, size) ^ (column + 1) * kGolden;
+  const uint64_t key = Fingerprint::Of(text, size) ^ (uint64_t{column} + 1) * kGolden;
   return key ? key : 1;
 }
 
@@ -101,14 +102,18 @@ uint32_t Sketch::Add(uint64_t key) {
   uint8_t* line = &counts_[Home(key, lines_) * 64];
   uint8_t &a = line[key & 63], &b = line[key >> 6 & 63];
   const uint8_t least = std::min(a, b);
-  if (least == 255) return 255;
+  if (least == kMost) return kMost;
   if (a == least) ++a;
   if (&b != &a && b == least) ++b;
   return least + 1u;
 }
 
 Counter::Counter(uint32_t column, bool keep_texts, Sketch* sketch, uint32_t least)
-    : column_(column), keep_texts_(keep_texts), sketch_(sketch), least_(least), slots_(64) {}
+    : column_(column),
+      keep_texts_(keep_texts),
+      sketch_(sketch),
+      least_(std::min<uint32_t>(least, Sketch::kMost)),
+      slots_(64) {}
 
 int64_t Counter::Bytes() const {
   return static_cast<int64_t>(slots_.size() * sizeof(Slot) + texts_.capacity() * sizeof(texts_[0]) +
@@ -137,7 +142,7 @@ bool Counter::Count(uint64_t key, const char* text, int64_t size) {
       Grow();
       for (j = Home(key, slots_.size()); slots_[j].key;) j = j + 1 == slots_.size() ? 0 : j + 1;
     }
-    slots_[j] = {key, static_cast<uint32_t>(size_++), seen};
+    if (size_ > UINT32_MAX) throw std::length_error("a column has more than 2^32 values");
     if (keep_texts_) {
       if (size && used_ + static_cast<uint64_t>(size) > pieces_.size() * kPiece) {
         used_ = pieces_.size() * kPiece;
@@ -147,14 +152,18 @@ bool Counter::Count(uint64_t key, const char* text, int64_t size) {
       texts_.emplace_back(static_cast<uint32_t>(size), used_);
       used_ += static_cast<uint64_t>(size);
     }
+    slots_[j] = {key, static_cast<uint32_t>(size_++), seen};  // last: nothing above it that throws leaves half a value
   } else if (slots_[j].count != UINT32_MAX) {
     ++slots_[j].count;
   }
   return true;
 }
 
-Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts) {
+Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts, int64_t num_counts) {
   Found found;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> sketch_lock;
+  if (sketch_) sketch_lock = std::unique_lock<std::mutex>(sketch_->mutex);
   Texts::Cell cells[kAhead];
   uint64_t keys[kAhead];
   for (int64_t first = 0; first < texts.count; first += kAhead) {
@@ -171,6 +180,7 @@ Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts)
       if (!key) {
         ++found.missing;
       } else if (const uint32_t id = known ? known->IdOf(key, &found.damaged) : 0) {
+        if (id >= num_counts) throw std::invalid_argument("counts must have an entry for every id");
         ++counts[id];
       } else {
         ++total_;
@@ -187,6 +197,7 @@ Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts)
 
 Counter::Values Counter::Finish(uint64_t least) const {
   Values values;
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (const Slot& slot : slots_) {
     if (!slot.key || slot.count < least) continue;
     values.keys.push_back(slot.key);
@@ -241,11 +252,12 @@ std::vector<int64_t> OrderOf(const uint64_t* counts, const uint32_t* columns, co
       equal.push_back({prefix, i});
     }
     std::sort(equal.begin(), equal.end(), [&](const Entry& a, const Entry& b) {
-      if (a.prefix != b.prefix || !text_ends) return a.prefix < b.prefix;
+      if (a.prefix != b.prefix || !text_ends) return a.prefix != b.prefix ? a.prefix < b.prefix : a.number < b.number;
       const uint64_t x = start(a.number), y = start(b.number);
       const uint64_t nx = text_ends[a.number] - x, ny = text_ends[b.number] - y;
       const int result = std::memcmp(texts + x, texts + y, std::min(nx, ny));
-      return result ? result < 0 : nx < ny;
+      if (result) return result < 0;
+      return nx != ny ? nx < ny : a.number < b.number;
     });
     for (int64_t i = first; i < last; ++i) order[i] = equal[i - first].number;
   }

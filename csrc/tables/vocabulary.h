@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -77,42 +78,49 @@ struct Vocabulary {
   // values[i * value_stride] where the id is not 0, else 0, if values is not null.
   Found Find(uint32_t column, const Texts& texts, uint32_t unseen, int64_t* ids, int64_t stride, float* values,
              int64_t value_stride, const Parallel& parallel) const;
-  // The id of a key, 0 if it is unknown. `damaged` is set, never cleared.
+  // The id of a key, 0 if it is unknown. `damaged` is set, never cleared. Of slots that somebody else made perhaps none
+  // is empty: one round, then it is unknown.
   uint32_t IdOf(uint64_t key, bool* damaged) const {
-    for (uint64_t j = Home(key, capacity);; j = j + 1 == static_cast<uint64_t>(capacity) ? 0 : j + 1) {
+    const uint64_t home = Home(key, capacity);
+    uint64_t j = home;
+    do {
       if (blocks && !blocks->Good(&slots[j])) {
         *damaged = true;
         return 0;
       }
       if (slots[j].key == key) return slots[j].id;
       if (!slots[j].key) return 0;
-    }
+      if (++j == static_cast<uint64_t>(capacity)) j = 0;
+    } while (j != home);
+    return 0;
   }
 };
 
-// Puts values into empty slots: keys[i] has id ids[i].
+// Puts values into empty slots, of which there must be enough: keys[i], not 0, has id ids[i].
 void Fill(Slot* slots, int64_t capacity, const uint64_t* keys, const uint32_t* ids, int64_t count);
 
 // Counters that a value must pass before it gets memory of its own: two bytes of one cache line, of which the smaller
 // is raised (Estan and Varghese 2002, conservative update). It never counts too little.
 class Sketch {
  public:
+  static constexpr uint32_t kMost = 255;  // it counts no further
   explicit Sketch(int64_t bytes);
   uint32_t Add(uint64_t key);
+  std::mutex mutex;  // Counters of many threads may share it
 
  private:
   std::vector<uint8_t> counts_;
   uint64_t lines_;
 };
 
-// Counts the values of one column that a vocabulary does not have.
+// Counts the values of one column that a vocabulary does not have. Calls from many threads take turns.
 class Counter {
  public:
-  // sketch: null, or what values pass after `least` sightings; its owner keeps it.
+  // sketch: null, or what values pass after `least` sightings, or kMost of them; its owner keeps it.
   Counter(uint32_t column, bool keep_texts, Sketch* sketch, uint32_t least);
   // Counts the cells, up to one whose text cannot be a value; one of `known`'s values (null: none) is counted in
-  // counts[id] instead.
-  Found Add(const Texts& texts, const Vocabulary* known, int64_t* counts);
+  // counts[id] instead, an id beyond them is an exception.
+  Found Add(const Texts& texts, const Vocabulary* known, int64_t* counts, int64_t num_counts);
 
   int64_t size() const { return size_; }
   int64_t total() const { return total_; }  // cells that were no known values
@@ -127,6 +135,7 @@ class Counter {
  private:
   bool Count(uint64_t key, const char* text, int64_t size);
   void Grow();
+  mutable std::mutex mutex_;
   uint32_t column_;
   bool keep_texts_;
   Sketch* sketch_;
@@ -139,7 +148,7 @@ class Counter {
 };
 
 // The order of ids: falling counts; of equal counts columns ascending, then texts by their bytes, or keys without
-// texts.
+// texts, then as they came.
 std::vector<int64_t> OrderOf(const uint64_t* counts, const uint32_t* columns, const uint64_t* keys,
                              const uint64_t* text_ends, const char* texts, int64_t count);
 
