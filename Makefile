@@ -5,7 +5,7 @@
 # make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
 #              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
 # make docs    pages of the public names, from the docstrings, into build/docs
-# make sanitize  fuzz the kernels and the libsvm parser under ASan, UBSan and TSan
+# make sanitize  fuzz the kernels, the tables and the libsvm parser under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
@@ -96,23 +96,22 @@ bench-peers:
 	$(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW_VERSION).*" tf2onnx==1.17.0 onnxruntime==1.32.0 onnx==1.23.2
 
-# The kernels under sanitizers, in a program without Python and TensorFlow.
+# The kernels and the tables under sanitizers, in programs without Python and TensorFlow.
 CASES ?= 50000
-KERNELS := $(wildcard csrc/kernels/*.cc)
-FUZZ_OBJECTS = $(patsubst csrc/kernels/%.cc,build/$(1)/%.o,$(KERNELS)) build/$(1)/fuzz.o
+vpath %.cc csrc/kernels csrc/tables tests/native
+OBJECTS_OF = $(patsubst %.cc,build/$(1)/%.o,$(notdir $(wildcard csrc/$(2)/*.cc)))
 FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan := -fsanitize=thread
 ISA_fm_cpu_avx2 := -mavx2 -mfma -mf16c
 ISA_fm_cpu_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
 
 define FUZZ
-build/$(1)/%.o: csrc/kernels/%.cc $(SOURCES)
+build/$(1)/%.o: %.cc $(SOURCES) tests/native/fuzz.h
 	@mkdir -p build/$(1)
 	$$(CXX) -std=c++17 -O1 -g -Wall $$(ISA_$$*) $$(FLAGS_$(1)) -c $$< -o $$@
-build/$(1)/fuzz.o: tests/native/fuzz.cc $(SOURCES)
-	@mkdir -p build/$(1)
-	$$(CXX) -std=c++17 -O1 -g -Wall $$(FLAGS_$(1)) -c $$< -o $$@
-build/$(1)/fuzz: $$(call FUZZ_OBJECTS,$(1))
+build/$(1)/fuzz: $$(call OBJECTS_OF,$(1),kernels)
+build/$(1)/fuzz_tables: $$(call OBJECTS_OF,$(1),tables)
+build/$(1)/fuzz build/$(1)/fuzz_tables: build/$(1)/fuzz%: build/$(1)/fuzz%.o
 	$$(CXX) $$(FLAGS_$(1)) $$^ -o $$@ -pthread
 endef
 $(foreach kind,asan tsan,$(eval $(call FUZZ,$(kind))))
@@ -121,9 +120,11 @@ build/asan/fuzz_libsvm: tests/native/fuzz_libsvm.cc $(SOURCES)
 	@mkdir -p build/asan
 	$(CXX) -std=c++17 -O1 -g -Wall $(FLAGS_asan) $< -o $@
 
-sanitize: build/asan/fuzz build/tsan/fuzz build/asan/fuzz_libsvm
+sanitize: $(foreach kind,asan tsan,build/$(kind)/fuzz build/$(kind)/fuzz_tables) build/asan/fuzz_libsvm
 	build/asan/fuzz $(CASES) 1
 	build/tsan/fuzz $(CASES) 2
+	build/asan/fuzz_tables $(CASES) 1
+	build/tsan/fuzz_tables $(CASES) 2
 	build/asan/fuzz_libsvm $(CASES) 3
 
 lint: setup

@@ -2,31 +2,17 @@
 // Every case is checked against a double-precision loop, and sentinels stand past every output.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/kernels/cpu_kernels.h"
 #include "../../csrc/kernels/fm.h"
 #include "../../csrc/python/thread_pool.h"
+#include "fuzz.h"
 
 namespace deepfm {
 namespace {
-
-std::mt19937_64 rng;
-int64_t Uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); }
-bool Chance(int percent) { return Uniform(0, 99) < percent; }
-
-#define EXPECT(condition, ...)                        \
-  if (!(condition)) {                                 \
-    std::printf("FAILED %s: " #condition " ", where); \
-    std::printf(__VA_ARGS__);                         \
-    std::printf("\n");                                \
-    std::exit(1);                                     \
-  }
 
 // Memory of exactly n items (heap, so that a sanitizer sees its end) and, for outputs, sentinels behind.
 template <typename T>
