@@ -11,6 +11,7 @@ namespace deepfm {
 
 class Fingerprint {
  public:
+  // Short texts are hashed where they are read: the loops for long ones stay out of the way.
   static uint64_t Of(const char* s, uint64_t n) {
     if (n > 64) return Long(s, n);
     const uint64_t mul = kC + n * 2;
@@ -53,7 +54,7 @@ class Fingerprint {
     return {Rotate(a + b, 43) + Rotate(c, 30) + d, a + Rotate(b + kC, 18) + c};
   }
 
-  static uint64_t Middle(const char* s, uint64_t n, uint64_t mul) {
+  [[gnu::noinline]] static uint64_t Middle(const char* s, uint64_t n, uint64_t mul) {
     const auto [y, v] = Ends(s, n, mul, kC);
     const uint64_t z = Mix(y, v, mul);
     const uint64_t e = Word(s + 16) * mul, f = Word(s + 24);
@@ -84,7 +85,7 @@ class Fingerprint {
     }
   };
 
-  static uint64_t Long(const char* s, uint64_t n) {
+  [[gnu::noinline]] static uint64_t Long(const char* s, uint64_t n) {
     constexpr uint64_t seed = 81;
     const uint64_t y = seed * kB + 113;
     State h = {seed * kC + Word(s), y, Fold(y * kC + 113) * kC, {0, 0}, {0, 0}};

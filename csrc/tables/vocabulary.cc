@@ -1,7 +1,10 @@
 #include "vocabulary.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 
@@ -10,16 +13,15 @@
 namespace deepfm {
 namespace {
 
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;
-constexpr int kAhead = 16;                      // cells whose slots are fetched before they are read
+constexpr int kAhead = 64;                      // cells whose slots are fetched before they are read
 constexpr uint64_t kPiece = uint64_t{1} << 20;  // bytes
 
-}  // namespace
-
-uint64_t KeyOf(uint32_t column, const char* text, int64_t size) {
-  const uint64_t key = Fingerprint::Of(text, size) ^ (uint64_t{column} + 1) * kGolden;
-  return key ? key : 1;
+// Where a text goes behind `used` bytes of pieces: it does not reach from one piece into the next.
+uint64_t PlaceFor(uint64_t bytes, uint64_t used) {
+  return used % kPiece + bytes > kPiece ? (used / kPiece + 1) * kPiece : used;
 }
+
+}  // namespace
 
 int64_t CapacityFor(int64_t values) { return std::max<int64_t>(8, values + values / 2 + 1); }
 
@@ -96,7 +98,14 @@ void Fill(Slot* slots, int64_t capacity, const uint64_t* keys, const uint32_t* i
   }
 }
 
-Sketch::Sketch(int64_t bytes) : counts_(std::max<int64_t>(64, bytes / 64 * 64)), lines_(counts_.size() / 64) {}
+Sketch::Sketch(int64_t bytes) : lines_(static_cast<uint64_t>(std::max<int64_t>(1, bytes / 64))) {
+  void* memory = mmap(nullptr, lines_ * 64, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  madvise(memory, lines_ * 64, MADV_HUGEPAGE);
+  counts_ = static_cast<uint8_t*>(memory);
+}
+
+Sketch::~Sketch() { munmap(counts_, lines_ * 64); }
 
 uint32_t Sketch::Add(uint64_t key) {
   uint8_t* line = &counts_[Home(key, lines_) * 64];
@@ -116,7 +125,7 @@ Counter::Counter(uint32_t column, bool keep_texts, Sketch* sketch, uint32_t leas
       slots_(64) {}
 
 int64_t Counter::Bytes() const {
-  return static_cast<int64_t>(slots_.size() * sizeof(Slot) + texts_.capacity() * sizeof(texts_[0]) +
+  return static_cast<int64_t>(slots_.size() * sizeof(Slot) + sizes_.capacity() * sizeof(sizes_[0]) +
                               pieces_.size() * kPiece);
 }
 
@@ -144,13 +153,11 @@ bool Counter::Count(uint64_t key, const char* text, int64_t size) {
     }
     if (size_ > UINT32_MAX) throw std::length_error("a column has more than 2^32 values");
     if (keep_texts_) {
-      if (size && used_ + static_cast<uint64_t>(size) > pieces_.size() * kPiece) {
-        used_ = pieces_.size() * kPiece;
-        pieces_.emplace_back(new char[kPiece]);
-      }
-      if (size) std::memcpy(&pieces_.back()[used_ % kPiece], text, size);
-      texts_.emplace_back(static_cast<uint32_t>(size), used_);
-      used_ += static_cast<uint64_t>(size);
+      const uint64_t bytes = static_cast<uint64_t>(size), place = PlaceFor(bytes, used_);
+      if (place + bytes > pieces_.size() * kPiece) pieces_.emplace_back(new char[kPiece]);
+      if (bytes) std::memcpy(&pieces_[place / kPiece][place % kPiece], text, bytes);
+      sizes_.push_back(static_cast<uint16_t>(bytes));
+      used_ = place + bytes;
     }
     slots_[j] = {key, static_cast<uint32_t>(size_++), seen};  // last: nothing above it that throws leaves half a value
   } else if (slots_[j].count != UINT32_MAX) {
@@ -174,6 +181,7 @@ Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts,
       if (!key) continue;
       if (known) __builtin_prefetch(&known->slots[Home(key, known->capacity)]);
       __builtin_prefetch(&slots_[Home(key, slots_.size())], 1);
+      if (sketch_) sketch_->Fetch(key);
     }
     for (int64_t i = first; i < last; ++i) {
       const uint64_t key = keys[i - first];
@@ -198,13 +206,17 @@ Found Counter::Add(const Texts& texts, const Vocabulary* known, int64_t* counts,
 Counter::Values Counter::Finish(uint64_t least) const {
   Values values;
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const Slot& slot : slots_) {
-    if (!slot.key || slot.count < least) continue;
-    values.keys.push_back(slot.key);
-    values.counts.push_back(slot.count);
+  std::vector<Slot> entries(size_);
+  for (const Slot& slot : slots_)
+    if (slot.key) entries[slot.id] = slot;
+  uint64_t place = 0, bytes = 0;
+  for (int64_t i = 0; i < size_; ++i, place += bytes) {
+    if (keep_texts_) place = PlaceFor(bytes = sizes_[i], place);
+    if (entries[i].count < least) continue;
+    values.keys.push_back(entries[i].key);
+    values.counts.push_back(entries[i].count);
     if (!keep_texts_) continue;
-    const auto [size, place] = texts_[slot.id];
-    if (size) values.texts.append(&pieces_[place / kPiece][place % kPiece], size);
+    if (bytes) values.texts.append(&pieces_[place / kPiece][place % kPiece], bytes);
     values.text_ends.push_back(values.texts.size());
   }
   return values;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../kernels/parallel.h"
+#include "fingerprint.h"
 #include "texts.h"
 
 namespace deepfm {
@@ -29,7 +30,10 @@ struct Slot {
 
 constexpr int64_t kLongestText = 65535;
 
-uint64_t KeyOf(uint32_t column, const char* text, int64_t size);
+inline uint64_t KeyOf(uint32_t column, const char* text, int64_t size) {
+  const uint64_t key = Fingerprint::Of(text, static_cast<uint64_t>(size)) ^ (uint64_t{column} + 1) * 0x9e3779b97f4a7c15;
+  return key ? key : 1;
+}
 inline uint64_t Home(uint64_t key, uint64_t capacity) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(key) * capacity >> 64);
 }
@@ -105,12 +109,16 @@ class Sketch {
  public:
   static constexpr uint32_t kMost = 255;  // it counts no further
   explicit Sketch(int64_t bytes);
+  Sketch(const Sketch&) = delete;
+  ~Sketch();
   uint32_t Add(uint64_t key);
+  // Fetches what Add(key) will read.
+  void Fetch(uint64_t key) const { __builtin_prefetch(&counts_[Home(key, lines_) * 64], 1); }
   std::mutex mutex;  // Counters of many threads may share it
 
  private:
-  std::vector<uint8_t> counts_;
   uint64_t lines_;
+  uint8_t* counts_;  // in huge pages: else every Add searched for its page too
 };
 
 // Counts the values of one column that a vocabulary does not have. Calls from many threads take turns.
@@ -125,7 +133,8 @@ class Counter {
   int64_t size() const { return size_; }
   int64_t total() const { return total_; }  // cells that were no known values
   int64_t Bytes() const;
-  // The values that were seen `least` times, in no order: keys, counts, and their texts one after the other.
+  // The values that were seen `least` times, in the order in which they came: keys, counts, and their texts one after
+  // the other.
   struct Values {
     std::vector<uint64_t> keys, counts, text_ends;
     std::string texts;
@@ -142,8 +151,8 @@ class Counter {
   uint32_t least_;
   int64_t size_ = 0, total_ = 0;
   std::vector<Slot> slots_;
-  std::vector<std::pair<uint32_t, uint64_t>> texts_;  // of entry i: size, and place in pieces_
-  std::vector<std::unique_ptr<char[]>> pieces_;       // of kPiece bytes: nothing is copied when they grow
+  std::vector<uint16_t> sizes_;                  // of the texts
+  std::vector<std::unique_ptr<char[]>> pieces_;  // of kPiece bytes: nothing is copied when they grow
   uint64_t used_ = 0;
 };
 

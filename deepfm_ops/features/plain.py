@@ -350,7 +350,7 @@ class Counter:
         return True
 
     def finish(self, least=1):
-        """(keys, counts, text_ends, texts) of the values that were seen so often, in no order."""
+        """(keys, counts, text_ends, texts) of the values that were seen so often, as they came."""
         counts = {key: count for key, count in self._counts.items() if count >= least}
         texts = [self._texts[key] for key in counts] if self._keep_texts else []
         return (
