@@ -87,7 +87,7 @@ class FeatureDictionary:
             raise ValueError(f"min_count must be a whole number from 1 on, got {min_count!r}")
         if sketch_bytes is not None and not 64 <= sketch_bytes <= 1 << 40:
             raise ValueError(f"sketch_bytes must be from 64 on, got {sketch_bytes!r}")
-        if sketch_bytes is not None and min_count > 255:
+        if sketch_bytes is not None and min_count > 255:  # a sketch counts no further
             raise ValueError(f"with a sketch min_count may be 255 at most, got {min_count}")
         self.min_count, self.nonfinite = int(min_count), nonfinite
         self.unseen = min_count > 1 if unseen is None else bool(unseen)

@@ -260,7 +260,8 @@ class Learner:
     def values(self):
         """The values that occurred often enough, and how many occurrences the others had."""
         found = Values(self.field.number, *self.counter.finish(self.least))
-        return found, self.counter.total - int(found.counts.sum())
+        # Counts are too large where a sketch let values through.
+        return found, max(0, self.counter.total - int(found.counts.sum()))
 
     def block(self, field):
         """Counts of the indices of a run: quantile or hash buckets; None of other fields."""

@@ -209,6 +209,11 @@ class Column:
         """The first row that is not UTF-8 or too long, or -1."""
         return next((row for row, cell in enumerate(self.cells) if cell is not None and not _is_text(cell)), -1)
 
+    @property
+    def longest(self):
+        """Bytes of the longest cell."""
+        return max((len(cell) for cell in self.cells if cell is not None), default=0)
+
     def __getitem__(self, i):
         if i < 0:
             raise IndexError
@@ -427,3 +432,12 @@ def sums(content):
     _check("content", content, np.uint8)
     blocks = [content[at : at + BLOCK].tobytes() for at in range(0, len(content), BLOCK)]
     return np.array([fingerprint(block) for block in blocks], np.uint64)
+
+
+def is_utf8(content):
+    """Whether bytes are UTF-8."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -27,7 +27,7 @@ DTYPES = {
 
 @dataclasses.dataclass
 class Values:
-    """Values that a column counted, in no order.
+    """Values that a column counted, in the order in which they came.
 
     Attributes:
         column: number of the field.
