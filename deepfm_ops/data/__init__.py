@@ -2,5 +2,6 @@
 
 from deepfm_ops.data.files import CRITEO, files
 from deepfm_ops.data.libsvm import iter_libffm, iter_libsvm, read_libffm, read_libsvm
+from deepfm_ops.data.pairs import PairFeatures
 
-__all__ = ["CRITEO", "files", "iter_libffm", "iter_libsvm", "read_libffm", "read_libsvm"]
+__all__ = ["CRITEO", "PairFeatures", "files", "iter_libffm", "iter_libsvm", "read_libffm", "read_libsvm"]

@@ -75,6 +75,20 @@ class Samples:
             )
         return np.maximum(most_pairs(self.row_splits, self.flat_fields, self.num_fields), 1).tolist()
 
+    @property
+    def has_fields(self):
+        """Whether pairs have fields: of libffm."""
+        return self.flat_fields is not None
+
+    @property
+    def num_samples(self):
+        return len(self)
+
+    @functools.cached_property
+    def counts(self):
+        """int64 [num_features], how often each index occurs with a value other than zero."""
+        return np.bincount(self.flat_indices[self.flat_values != 0], minlength=self.num_features)
+
     @functools.cached_property
     def _matrices(self):
         return self.padded(self.field_sizes)

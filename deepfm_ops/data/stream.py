@@ -17,8 +17,6 @@ import threading
 
 import numpy as np
 
-from deepfm_ops.data import sources
-
 FIXED = ("files", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
 
 
@@ -29,7 +27,7 @@ class Stream:
     the position that `state` tells, and every pass has an order of its own.
 
     Args:
-        features: a fitted FeatureDictionary.
+        features: a fitted FeatureDictionary, or `data.PairFeatures`.
         source: as for `FeatureDictionary.fit`. An iterator can be passed over once.
         batch_size: rows of a batch.
         shuffle: whether the rows come in another order each pass: pieces of the files (ranges of 4 MB, row groups,
@@ -98,9 +96,7 @@ class Stream:
         self._lengths = {}  # batches of each pass that was read to its end
 
     def _open(self):
-        features = self.features
-        needs = features.needs(label=self.has_labels)
-        return sources.Reading(self._source, needs, self._on_bad, features.nonfinite, dictionaries=True)
+        return self.features.reading(self._source, self.has_labels, self._on_bad)
 
     @property
     def num_skipped(self):
@@ -362,10 +358,7 @@ class Stream:
         table = task()
         if table is None:
             return None
-        indices, values, _ = self.features.encode_table(table)
-        arrays = [indices, values]
-        if self.has_labels:
-            arrays.append(table.numbers(self.features.label).astype(np.float32))
+        arrays = self.features.arrays(table, self.has_labels)
         if self.shard[1] > 1 and not self._by_piece:
             arrays = [array[self.shard[0] :: self.shard[1]] for array in arrays]
         return arrays

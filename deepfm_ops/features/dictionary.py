@@ -332,7 +332,7 @@ class FeatureDictionary:
             indices, values, unknown = self.encode(df, threads)
         else:
             parts, unknown = [], {}
-            reading = sources.Reading(df, self.needs(), on_bad, self.nonfinite, dictionaries=True)
+            reading = self.reading(df, False, on_bad)
             for table in reading.tables():
                 *part, warned = self.encode_table(table, threads)
                 parts.append(part)
@@ -369,6 +369,19 @@ class FeatureDictionary:
     def fit_transform(self, df, **columns):
         """`fit(df, **columns)`, then `transform(df)`."""
         return self.fit(df, **columns).transform(df)
+
+    # What a stream asks for.
+
+    def reading(self, source, labels, on_bad):
+        """The source as `data.sources.Reading`, with the labels if asked for."""
+        from deepfm_ops.data import sources
+
+        return sources.Reading(source, self.needs(labels), on_bad, self.nonfinite, dictionaries=True)
+
+    def arrays(self, table, labels):
+        """[indices, values] of a table that was read, and float32 labels [rows] if asked for."""
+        found = list(self.encode_table(table)[:2])
+        return [*found, table.numbers(self.label).astype(np.float32)] if labels else found
 
     def stream(self, source, batch_size, *, shuffle=False, seed=0, shard=(0, 1), **options):
         """Batches of a source of any size, for Keras's fit, evaluate and predict: see `data.stream.Stream`."""

@@ -234,7 +234,8 @@ class DeepFM(ConfiguredModel):
 
         Args:
             features: a fitted FeatureDictionary; sizes and counts come from it. One that an older version saved has no
-                counts, and the model no priors.
+                counts, and the model no priors. Or libsvm and libffm files: `data.PairFeatures`, or what
+                `data.read_libsvm` and `data.read_libffm` gave. libsvm has no fields, so the model has no deep part.
             **arguments: DeepFM's arguments, instead of these.
 
         Example:
@@ -245,7 +246,15 @@ class DeepFM(ConfiguredModel):
             ((4,), (2, 4))
 
         """
-        known = {"field_sizes": features.field_sizes, "features": features, "hidden_units": recipe.HIDDEN_UNITS}
+        named = isinstance(features, FeatureDictionary)
+        if not named and not features.has_fields:
+            if arguments.setdefault("use_deep", False):
+                raise ValueError(
+                    "libsvm rows have no fields, which a deep part needs: the k-th pair of one row is another thing "
+                    "than that of the next. Leave use_deep out (False is the default here), or write the rows as libffm"
+                )
+        known = {"field_sizes": features.field_sizes, "hidden_units": recipe.HIDDEN_UNITS}
+        known |= {"features": features} if named else {}
         known |= {"feature_counts": features.counts, "num_samples": features.num_samples}
         return cls(features.num_features, features.num_fields, **{**known, **arguments})
 
