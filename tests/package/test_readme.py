@@ -25,6 +25,10 @@ def test_there_are_blocks():
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in THERE])
 def test_code_blocks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if BLOCKS[name].startswith("# files"):
+        (tmp_path / "logs").mkdir()
+        lines = [f"{row % 3}\t{row % 5}\t{row}\t{row % 2}" for row in range(60)]
+        (tmp_path / "logs" / "a.tsv").write_text("\n".join(["user\titem\tage\tclicked", *lines]))
     exec(compile(BLOCKS[name], name, "exec"), {"__name__": "readme"})
 
 
@@ -44,7 +48,7 @@ def test_pages_that_are_named_exist():
             assert (page.parent / link).exists(), (page.name, link)
 
 
-@pytest.mark.parametrize("module", ["features.dictionary", "layers", "models.matrix", "scorer.scoring"])
+@pytest.mark.parametrize("module", ["features.dictionary", "data.libsvm", "data.pairs", "layers", "models.matrix", "scorer.scoring"])
 def test_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"deepfm_ops.{module}"))
     assert result.attempted > 0 and result.failed == 0
