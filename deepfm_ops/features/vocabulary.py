@@ -155,43 +155,44 @@ class Vocabulary:
             sizes = _joined([np.diff(part.text_ends.astype(np.int64), prepend=0) for part in values], np.int64)
             texts, ends = _joined([part.texts for part in values], np.uint8), np.cumsum(sizes).astype(np.uint64)
         order = native.order(number, columns, keys, ends, texts)
-        # Of falling counts the others go before values of the same column, if equal.
-        places = []
+        freed = np.flatnonzero(self.columns == 0)[1:]
         if others:
-            falling = -number[order].astype(np.int64)
+            # Of falling counts the others go before values of the same column, if equal; they are numbered behind all.
+            falling, places = -number[order].astype(np.int64), []
             for column, count in others:
                 first, last = np.searchsorted(falling, [-count, -count + 1])
                 places.append(first + np.searchsorted(columns[order[first:last]], column))
-        fresh = np.insert(order, places, -1 - np.arange(len(others))) if others else order
-        freed = np.flatnonzero(self.columns == 0)[1:]
-        ids = np.concatenate([freed, np.arange(self.size, self.size + max(0, len(fresh) - len(freed)))])[: len(fresh)]
-        size = max(self.size, int(ids[-1]) + 1 if len(ids) else 0)
-
+            order = np.insert(order, places, len(keys) + np.arange(len(others)))
+            columns = np.concatenate([columns, np.array([column for column, _ in others], np.uint32)])
+            number = np.concatenate([number, np.array([count for _, count in others], np.uint64)])
+        reused = freed[: len(order)]
+        size = self.size + len(order) - len(reused)
+        ids = np.concatenate([reused, np.arange(self.size, size)])
+        starts = np.full(len(columns), NO_TEXT)
+        lengths = np.zeros(len(columns), np.uint16)
+        if self.keeps_texts:
+            starts[: len(keys)] = len(self._arrays["texts"]) + np.cumsum(sizes) - sizes
+            lengths[: len(keys)] = sizes
+        found = {"columns": columns, "counts": number, "text_starts": starts, "text_sizes": lengths}
         arrays = {name: _grown(self._arrays[name], size) for name in DTYPES}
-        arrays["text_starts"][self.size :] = NO_TEXT
         if counts is not None:
             arrays["counts"][: self.size] = counts
         if seen is not None:
             arrays["seen"][: self.size][seen] = generation
-        is_value = fresh >= 0
-        of_value, taken = ids[is_value], fresh[is_value]
-        arrays["columns"][of_value], arrays["counts"][of_value] = columns[taken], number[taken]
+        split = len(reused)
+        for name, content in found.items():
+            arrays[name][reused], arrays[name][self.size :] = content[order[:split]], content[order[split:]]
         for name in ("seen", "changed"):
-            arrays[name][ids] = generation
+            arrays[name][reused] = arrays[name][self.size :] = generation
         if self.keeps_texts:
-            starts = len(self._arrays["texts"]) + np.cumsum(sizes) - sizes
-            arrays["text_starts"][of_value], arrays["text_sizes"][of_value] = starts[taken], sizes[taken]
             arrays["texts"] = np.concatenate([self._arrays["texts"], texts])
-        places = np.zeros(len(others), np.int64)
-        places[-1 - fresh[~is_value]] = ids[~is_value]
-        for place, (column, count) in zip(places, others, strict=True):
-            arrays["columns"][place], arrays["counts"][place], arrays["text_starts"][place] = column, count, NO_TEXT
+        id_of = np.empty(len(columns), np.uint32)
+        id_of[order] = ids
         known = self._taken_slots()
         arrays["slots"] = native.slots(
-            np.concatenate([known["key"], keys[taken]]),
-            np.concatenate([known["id"], of_value.astype(np.uint32)]),
+            np.concatenate([known["key"], keys]), np.concatenate([known["id"], id_of[: len(keys)]])
         )
-        return Vocabulary(arrays, generation), places.tolist()
+        return Vocabulary(arrays, generation), id_of[len(keys) :].tolist()
 
     def with_block(self, column, counts):
         """A vocabulary with a run of indices without texts at its end; returns it and the first of them."""
