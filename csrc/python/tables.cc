@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "../kernels/scratch.h"
 #include "../tables/fingerprint.h"
 #include "../tables/texts.h"
 #include "../tables/vocabulary.h"
@@ -420,6 +421,16 @@ void FillBags(const py::array_t<int64_t, py::array::c_style>& row_splits,
 
 }  // namespace
 
+// In memory that is kept for the next one when it dies: no page is faulted in afresh.
+template <typename T>
+py::array Uninitialized(int64_t rows, int64_t columns) {
+  int64_t bytes = sizeof(T);
+  if (__builtin_mul_overflow(bytes, rows, &bytes) || __builtin_mul_overflow(bytes, columns, &bytes))
+    throw std::bad_alloc();
+  void* data = TakeScratch(bytes);
+  return py::array(py::dtype::of<T>(), {rows, columns}, static_cast<T*>(data), py::capsule(data, GiveBackScratch));
+}
+
 void BindTables(py::module_& parent) {
   using namespace pybind11::literals;
   py::module_ m = parent.def_submodule("tables", "Columns of text and vocabularies; csrc/tables is their contract.");
@@ -453,6 +464,16 @@ void BindTables(py::module_& parent) {
       .def_property_readonly("nbytes", &Counter::Bytes)
       .def_property_readonly("total", &Counter::total)
       .def("__len__", &Counter::size);
+  m.def(
+      "matrices",
+      [](int64_t rows, int64_t columns) {
+        if (rows < 0 || columns < 0) throw py::value_error("rows and columns must not be negative");
+        return py::make_tuple(Uninitialized<int64_t>(rows, columns), Uninitialized<float>(rows, columns));
+      },
+      "rows"_a, "columns"_a,
+      "(int64, float32) [rows, columns], uninitialized and aligned to a cache line: TensorFlow uses such an array "
+      "where it "
+      "lies, and copies others.");
   m.def(
       "is_utf8",
       [](const py::bytes& content) {

@@ -17,6 +17,8 @@ import threading
 
 import numpy as np
 
+from deepfm_ops.features.vocabulary import native
+
 FIXED = ("files", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
 
 
@@ -245,10 +247,7 @@ class Stream:
             row, rows = skip, len(arrays[0])
             while row < rows:
                 take = min(self.size - have, rows - row)
-                if order is None:
-                    parts.append([array[row : row + take] for array in arrays])
-                else:
-                    parts.append([array[order[row : row + take]] for array in arrays])
+                parts.append((arrays, slice(row, row + take) if order is None else order[row : row + take]))
                 row, have = row + take, have + take
                 if have == self.size:
                     yield self._as_batch(parts), (*place, row), have
@@ -257,7 +256,22 @@ class Stream:
             yield self._as_batch(parts), (*place, rows), have
 
     def _as_batch(self, parts):
-        arrays = parts[0] if len(parts) == 1 else [np.concatenate(some) for some in zip(*parts, strict=True)]
+        """The rows of a batch, of one pool or several, in memory that TensorFlow uses where it lies."""
+        arrays, rows = parts[0]
+        if len(parts) == 1 and isinstance(rows, slice):
+            arrays = [array[rows] for array in arrays]
+        else:
+            whole = native.matrices(sum(_length(rows) for _, rows in parts), arrays[0].shape[1])
+            start = 0
+            for some, rows in parts:
+                stop = start + _length(rows)
+                for array, to in zip(some, whole, strict=False):
+                    if isinstance(rows, slice):
+                        to[start:stop] = array[rows]
+                    else:
+                        np.take(array, rows, axis=0, out=to[start:stop], mode="clip")  # others would be buffered
+                start = stop
+            arrays = [*whole, *([np.concatenate([some[2][rows] for some, rows in parts])] if self.has_labels else [])]
         return ((arrays[0], arrays[1]), arrays[2]) if self.has_labels else ((arrays[0], arrays[1]),)
 
     def _pools(self, epoch, at):
@@ -402,6 +416,10 @@ class Stream:
 
     def on_epoch_end(self):
         pass
+
+
+def _length(rows):
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 @functools.cache

@@ -354,8 +354,7 @@ class FeatureDictionary:
     def encode_table(self, table, threads=1):
         """`encode` of a table that was read already."""
         threads = (os.cpu_count() or 1) if threads is None else threads
-        indices = np.zeros((table.num_rows, self.num_columns), np.int64)
-        values = np.zeros((table.num_rows, self.num_columns), np.float32)
+        indices, values = native.matrices(table.num_rows, self.num_columns)  # every field writes all of its columns
         unknown, column = {}, 0
         for field in self.fields:
             here = slice(column, column + field.size)

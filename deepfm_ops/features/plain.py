@@ -441,3 +441,8 @@ def is_utf8(content):
     except UnicodeDecodeError:
         return False
     return True
+
+
+def matrices(rows, columns):
+    """(int64, float32) [rows, columns], uninitialized."""
+    return np.empty((rows, columns), np.int64), np.empty((rows, columns), np.float32)

@@ -48,7 +48,9 @@ def test_pages_that_are_named_exist():
             assert (page.parent / link).exists(), (page.name, link)
 
 
-@pytest.mark.parametrize("module", ["features.dictionary", "data.libsvm", "data.pairs", "layers", "models.matrix", "scorer.scoring"])
+@pytest.mark.parametrize(
+    "module", ["features.dictionary", "data.libsvm", "data.pairs", "layers", "models.matrix", "scorer.scoring"]
+)
 def test_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"deepfm_ops.{module}"))
     assert result.attempted > 0 and result.failed == 0
