@@ -8,6 +8,7 @@ import decimal
 import re
 
 import numpy as np
+import numpy.ma  # NumPy would import it when it is first asked for: inside a request
 
 from deepfm_ops.features import cells, texts
 from deepfm_ops.features.vocabulary import native
