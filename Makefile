@@ -10,7 +10,9 @@
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
 # make bench-learning   how well the defaults learn, and tuned peers (an hour), into the same report
-# make bench-full   the whole grid of shapes (a night); make bench-peers   PyTorch, FBGEMM, DeepCTR, xLearn, ONNX
+# make bench-data   from files to batches, beside everybody else (an hour, 20 GB), into the same report
+# make bench-full   the whole grid of shapes (a night)
+# make bench-peers   environments of PyTorch, FBGEMM, DeepCTR, xLearn, ONNX, scikit-learn
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu# or tensorflow, for GPUs
 BIN := .venv/bin
@@ -21,7 +23,8 @@ INDEPENDENT := op/test_kernels models/test_saving models/test_private_names serv
   $(addprefix features/test_,dictionary values tables bad_input datasets) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-learning bench-peers sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-learning bench-data bench-peers \
+  sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -80,6 +83,10 @@ bench-learning: setup
 	$(BIN)/python bench/learning.py --one-pass
 	$(BIN)/python bench/report.py
 
+bench-data: setup
+	$(BIN)/python bench/data.py
+	$(BIN)/python bench/report.py
+
 bench-full: setup
 	$(BIN)/python bench/op.py --full --json bench/results/op-full.json
 
@@ -95,6 +102,8 @@ bench-peers:
 	USER=bench .venv-xlearn/bin/python -m pip install --quiet --no-build-isolation xlearn==0.40a1
 	$(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/python -m pip install --quiet "tensorflow-cpu==$(TENSORFLOW_VERSION).*" tf2onnx==1.17.0 onnxruntime==1.32.0 onnx==1.23.2
+	$(PYTHON) -m venv .venv-sklearn
+	.venv-sklearn/bin/python -m pip install --quiet scikit-learn==1.9.1 pandas==3.1.1 pyarrow==26.0.1
 
 # The kernels and the tables under sanitizers, in programs without Python and TensorFlow.
 CASES ?= 50000

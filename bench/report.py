@@ -1,9 +1,10 @@
-"""Writes bench/RESULTS.md and its pictures from what op.py, kernels.py, train.py, serve.py and learning.py measured."""
+"""Writes bench/RESULTS.md and its pictures from what op, kernels, train, serve, learning and data measured."""
 
 import json
 import pathlib
 
 import matplotlib
+import report_data
 import report_learning
 import report_serve
 import report_train
@@ -182,7 +183,8 @@ def main():
     lines = [
         "# Results",
         "",
-        "Written by `make bench`, `bench-train`, `bench-serve` and `bench-learning`; change nothing here by hand.",
+        "Written by `make bench`, `bench-train`, `bench-serve`, `bench-learning` and `bench-data`; change nothing here",
+        "by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
         "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
@@ -217,6 +219,8 @@ def main():
         lines += report_serve.lines(json.loads((RESULTS / "serve.json").read_text()), RESULTS)
     if (RESULTS / "learning.json").exists():
         lines += report_learning.lines(json.loads((RESULTS / "learning.json").read_text()), RESULTS)
+    if (RESULTS / "data.json").exists():
+        lines += report_data.lines(json.loads((RESULTS / "data.json").read_text()), RESULTS)
     lines.append("")
     (HERE / "RESULTS.md").write_text("\n".join(lines))
     print("\n".join(report.target_table()))
