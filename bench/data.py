@@ -14,6 +14,7 @@ libsvm      MB per CPU second of libsvm and libffm files
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -45,7 +46,10 @@ PARTS = ("tables", "memory", "fit", "vocabulary", "libsvm")
 def run(what, python=sys.executable, **arguments):
     """{"stages": {name: {"cpu", "wall", "peak", "before"}}, "found"} of a process, or {"error"}."""
     command = [str(python), str(HERE / "data_worker.py"), *what.split("."), json.dumps(arguments, default=str)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # or first requests would compile modules
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE, env=environment
+    )
     if not done.stdout:
         return {"error": f"the process ended, status {done.returncode}"}
     return json.loads(done.stdout)
