@@ -236,7 +236,7 @@ def main():
             elif part == "memory":
                 report["memory"] = measure_memory(all_data[1:] or all_data, arguments.rounds)
             elif part == "fit":
-                report["fit"] = measure_fit(sizes, max(arguments.rounds, 1 if arguments.quick else 5))
+                report["fit"] = measure_fit(sizes, 2 * arguments.rounds - 1)
             elif part == "vocabulary":
                 values = [int(each) for each in arguments.values]
                 report["vocabulary"] = measure_vocabulary(folder, values, arguments.starts)

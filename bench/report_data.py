@@ -143,12 +143,13 @@ def _memory_table(memory):
 
 
 def _fit_table(fit):
-    yield "| model | kind | rows/s | over train_on_batch, tensors | over train_on_batch, arrays |"
-    yield "|---|---|---|---|---|"
+    yield "| model | kind | rows/s | over train_on_batch, tensors | over that on arrays | rows per CPU second |"
+    yield "|---|---|---|---|---|---|"
     for model, found in fit.items():
         for kind, rates in found["rates"].items():
             median, low, high = statistics(rates)
             shares = [f"{_share(found, kind, of):.2f}" for of in STEPS]
+            shares.append(f"{np.median(found['CPU rates'][kind]):,.0f}")
             yield f"| {model} | {kind} | {median:,.0f} [{low:,.0f}, {high:,.0f}] | {' | '.join(shares)} |"
 
 
