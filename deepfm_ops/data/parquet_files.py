@@ -6,8 +6,9 @@ from deepfm_ops.data.files import pyarrow
 from deepfm_ops.data.records import BadRecord, bad_numbers
 from deepfm_ops.features import texts as texts_
 from deepfm_ops.features.tables import Table
+from deepfm_ops.features.texts import Distinct
 
-ROWS = 1 << 16
+ROWS = 1 << 15
 
 
 def pieces(reading):
@@ -39,18 +40,29 @@ class _RowGroup:
             source = self._reading.files.system.open_input_file(self._path)
             with pa.parquet.ParquetFile(source, read_dictionary=texts) as file:
                 options = {"row_groups": [self._group], "columns": list(needs), "use_threads": False}
-                first = 0
+                first, coded = 0, {}
                 for batch in file.iter_batches(ROWS, **options):
-                    yield self._chunk(batch, first)
+                    # A row group's dictionary comes with every batch: its texts are looked up once.
+                    columns = {name: batch.column(name) for name in texts or ()}
+                    columns = {name: x for name, x in columns.items() if pa.types.is_dictionary(x.type)}
+                    coded = {name: _same(coded.get(name), x.dictionary) for name, x in columns.items()}
+                    yield self._chunk(batch, first, coded)
                     first += batch.num_rows
         except (OSError, pa.ArrowInvalid) as error:
             raise BadRecord(f"{self._path}, row group {self._group}: it is damaged: {error}") from None
 
-    def _chunk(self, batch, first):
+    def _chunk(self, batch, first, coded):
         where = f"{self._path}, row group {self._group}, row "
         return lambda: self._reading.validated(
-            FileTable(batch, self._reading.needs, where, range(first, first + len(batch)))
+            FileTable(batch, self._reading.needs, where, range(first, first + len(batch)), coded)
         )
+
+
+def _same(before, dictionary):
+    """The `Distinct` of a dictionary: the one before, if it has the same texts."""
+    if before is not None and len(before.dictionary) == len(dictionary) and before.dictionary.equals(dictionary):
+        return before
+    return Distinct(dictionary)
 
 
 class FileTable(Table):
@@ -61,11 +73,13 @@ class FileTable(Table):
         needs: {column: "text", "entries", "numbers" or "label"}.
         where: of the rows, for errors.
         rows: their numbers.
+        distinct: {column: `Distinct`} of its dictionaries.
 
     """
 
-    def __init__(self, batch, needs, where, rows):
+    def __init__(self, batch, needs, where, rows, distinct):
         super().__init__(batch, needs, record=False)
+        self._distinct = distinct
         self._batch, self._needs, self._where, self._rows, self._numbers = batch, needs, where, rows, {}
 
     def place(self, row):
@@ -75,7 +89,15 @@ class FileTable(Table):
     def without(self, rows):
         """The table without some of its rows, [num_rows] bool."""
         kept = np.asarray(self._rows)[~rows].tolist()
-        return FileTable(self._batch.filter(pyarrow().array(~rows)), self._needs, self._where, kept)
+        batch = self._batch.filter(pyarrow().array(~rows))
+        return FileTable(batch, self._needs, self._where, kept, self._distinct)
+
+    def coded(self, name):
+        """As `Table.coded`; the dictionary's texts are those of other chunks, too."""
+        column = self._columns[name]
+        if name not in self._distinct or self._distinct[name].texts is None:
+            return super().coded(name)
+        return texts_.codes_of(column), self._distinct[name]
 
     def spelled(self, name):
         """(the column as float64, NaN where a cell is missing or no number; whether one is none); text is read."""

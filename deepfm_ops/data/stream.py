@@ -32,8 +32,9 @@ class Stream:
         features: a fitted FeatureDictionary, or `data.PairFeatures`.
         source: as for `FeatureDictionary.fit`. An iterator can be passed over once.
         batch_size: rows of a batch.
-        shuffle: whether the rows come in another order each pass: pieces of the files (ranges of 4 MB, row groups,
-            compressed files as a whole) in a random order, and rows at random within `shuffle_rows`.
+        shuffle: True: the rows come in another order each pass: pieces of the files (ranges of 4 MB, row groups,
+            compressed files as a whole) in a random order, and rows at random within `shuffle_rows`. "rows": pieces in
+            their order, and rows at random within `shuffle_rows`: for logs that drift, whose last day counts most.
         seed: int; the order follows from it, and from the number of the pass, alone.
         shard: (i, n): the i-th of n parts of the rows, without overlap: whole pieces where there are many, else every
             n-th row.
@@ -69,6 +70,8 @@ class Stream:
     ):
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
+        if shuffle not in (True, False, "rows"):
+            raise ValueError(f"shuffle must be True, False or 'rows', got {shuffle!r}")
         if not isinstance(shuffle_rows, int | np.integer) or shuffle_rows < 1:
             raise ValueError(f"shuffle_rows must be a number from 1 on, got {shuffle_rows!r}")
         index, count = shard
@@ -82,7 +85,7 @@ class Stream:
         self.features, self._source, self._on_bad = features, source, on_bad
         self.size, self.shuffle, self.seed, self.shard = (
             int(batch_size),
-            bool(shuffle),
+            shuffle if shuffle == "rows" else bool(shuffle),
             int(seed),
             (int(index), int(count)),
         )
@@ -335,7 +338,7 @@ class Stream:
         pieces = self._all_pieces()
         if isinstance(pieces, list):
             order = np.arange(len(pieces))
-            if self.shuffle:
+            if self.shuffle is True:
                 order = np.random.default_rng((self.seed, epoch)).permutation(len(pieces))
             if self._by_piece:
                 order = order[self.shard[0] :: self.shard[1]]

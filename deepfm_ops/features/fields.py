@@ -101,11 +101,10 @@ class Field:
             return None
         coded = table.coded(self.name)
         if coded is not None:
-            codes, texts = coded
-            ids = np.zeros(len(texts) + 1, np.int64)  # the last one is what is missing
-            vocabulary.find(self.number, texts, ids[:-1], None, self.unseen, threads)
-            np.take(ids, codes, out=indices, mode="wrap")
-            values[:] = indices != 0
+            codes, distinct = coded
+            found = distinct.ids(vocabulary, self.number, self.unseen, threads)[codes]  # -1 is the last one
+            indices[:] = found
+            values[:] = found != 0
             return None
         texts, _ = table.texts(self.name, strict=False)
         missing, unknown = vocabulary.find(self.number, texts, indices, values, self.unseen, threads)

@@ -135,7 +135,7 @@ class Table:
         return f"{self.prefix}row {row}"
 
     def coded(self, name):
-        """(codes, -1 where a cell is missing; a column of what they mean) of a pyarrow dictionary of text; or None."""
+        """(codes, -1 where a cell is missing; `texts.Distinct`) of a pyarrow dictionary of text; None of others."""
         column = self._columns[name]
         if not hasattr(column, "combine_chunks") and not hasattr(column, "indices"):
             return None
@@ -145,11 +145,8 @@ class Table:
             return None
         if isinstance(column, pa.ChunkedArray):
             column = column.unify_dictionaries().combine_chunks()
-        found = texts.of_arrow(column.dictionary)
-        if found is None or found[1] != {"text"}:
-            return None
-        codes = column.indices.fill_null(-1) if column.null_count else column.indices
-        return np.asarray(codes), found[0]
+        distinct = texts.Distinct(column.dictionary)
+        return None if distinct.texts is None else (texts.codes_of(column), distinct)
 
     def texts(self, name, strict=True):
         """(the column as a column of canonical texts, what kinds of categories they are).

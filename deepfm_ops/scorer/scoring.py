@@ -270,7 +270,11 @@ class _Model:
     def read(cls, path, threads):
         manifest, arrays, digest = file.read(path)
         try:
-            return cls(manifest, arrays, digest, threads)
+            model = cls(manifest, arrays, digest, threads)
+            if model.features is not None:
+                # Whatever is done once is done now, and not in a server's first request.
+                model.score_raw({field.name: None for field in model.features.fields})
+            return model
         except (KeyError, TypeError, ValueError) as error:  # whole, but of another writer
             raise ScorerFileError(f"{path} does not hold a model: {error!r}") from error
 

@@ -117,6 +117,8 @@ def test_shuffled(kind, folder, frame, features):
     assert rows_of(features.stream(source(folder, kind, frame), 50, **options)) == first, "of the batch size it is free"
     assert rows_of(features.stream(source(folder, kind, frame), 64, **{**options, "seed": 8})) != first
     assert rows_of(features.stream(source(folder, kind, frame), 64, **options, threads=3)) == first
+    near = rows_of(features.stream(source(folder, kind, frame), 64, **{**options, "shuffle": "rows"}))
+    assert sorted(near) == list(range(ROWS)) != near and np.abs(np.array(near) - np.arange(ROWS)).max() < 500
     if kind != "csv.gz":  # a compressed file is read from its start
         assert np.corrcoef(first, np.arange(ROWS))[0, 1] < 0.5
 
@@ -172,6 +174,7 @@ def test_states_of_others_are_refused(folder, features):
     [
         ({"batch_size": 0}, "batch_size must be a number from 1 on, got 0"),
         ({"shard": (2, 2)}, r"shard must be \(i, n\) with 0 <= i < n"),
+        ({"shuffle": "pieces"}, "shuffle must be True, False or 'rows', got 'pieces'"),
         ({"shuffle_rows": 0}, "shuffle_rows must be a number from 1 on, got 0"),
         ({"on_bad": "ignore"}, "on_bad must be 'error' or 'skip'"),
         ({"labels": True}, "labels=True needs a FeatureDictionary whose fit was told the column"),
