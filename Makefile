@@ -1,6 +1,8 @@
 # make setup   the environment: .venv, dependencies, the native library; TENSORFLOW_VERSION=X.Y picks the TensorFlow
 # make test    set up, then run the tests, on the native op and on the fallback
 # make demo    set up, then train DeepFM on MovieLens-100k
+# make demo-logs  set up, then the road from files to a model that serves, on a made log of ten million rows (ten minutes,
+#              2 GB of memory, 3 GB of disk); ROWS=N for another length
 # make wheel   set up, then build a wheel for the TensorFlow of .venv, and check it, into dist/
 # make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
 #              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
@@ -20,11 +22,12 @@ TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("
 SOURCES := $(shell find csrc -type f)
 
 INDEPENDENT := op/test_kernels models/test_saving models/test_private_names serving/test_scorer serving/test_serve \
-  $(addprefix features/test_,dictionary values tables bad_input datasets) \
+  $(addprefix data/test_,criteo libsvm synthetic sources) \
+  $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix docs demo bench bench-full bench-train bench-serve bench-learning bench-data bench-peers \
-  sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo demo-logs bench bench-full bench-train bench-serve bench-learning bench-data \
+  bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -64,6 +67,10 @@ docs: setup
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+ROWS ?= 10000000
+demo-logs: setup
+	$(BIN)/python examples/criteo.py --rows $(ROWS)
 
 bench: setup
 	$(BIN)/python bench/kernels.py

@@ -5,9 +5,8 @@ python examples/criteo.py PATH... [--valid PATH...] [--folder FOLDER]        rea
 
 A PATH is a file, a glob or a folder, in Criteo's form or with its columns (label, I1 to I13, C1 to C26) by name; the
 last file is what is validated on, unless --valid names others. FOLDER gets all that is made. Training that was
-interrupted goes on from its newest checkpoint when the same command is given again.
-
-Every step is a process of its own, so that the memory it says is its own.
+interrupted goes on from its newest checkpoint when the same command is given again. Every step is a process of its own,
+so that the memory it says is its own.
 """
 
 import argparse
@@ -26,6 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a request is too short to be shared out
 
 import numpy as np
+from pyarrow import parquet
 
 from deepfm_ops import FeatureDictionary, data
 from deepfm_ops.data.synthetic import ClickLog, auc
@@ -33,6 +33,7 @@ from deepfm_ops.data.synthetic import ClickLog, auc
 # The days of the log that is made: learned; validated on, and learned afterwards; a test only.
 TRAINING_DAYS, LAST_DAY, NEXT_DAY = range(6), 6, 7
 DAYS, FILES_PER_DAY = NEXT_DAY + 1, 2
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def megabytes(who):
@@ -48,7 +49,7 @@ def report(start, rows=None):
 
 def run(step, *arguments, kill_when=None):
     """Runs a step in a process of its own; returns whether it was killed, because kill_when() became true."""
-    process = multiprocessing.get_context("spawn").Process(target=step, args=arguments, daemon=True)
+    process = SPAWN.Process(target=step, args=arguments, daemon=True)
     process.start()
     while process.is_alive():
         if kill_when is not None and kill_when():
@@ -61,19 +62,20 @@ def run(step, *arguments, kill_when=None):
     return False
 
 
-def make_log(folder, rows, seed):
+def files_of(folder, days=range(DAYS)):
+    return [file for day in days for file in sorted(folder.glob(f"day-{day:02}-part-*.tsv"))]
+
+
+def make_log(folder, rows):
     """Writes the log, unless it is there."""
-    start, note = time.perf_counter(), folder / "log.json"
-    wanted = {"rows": rows, "seed": seed, "days": DAYS, "files_per_day": FILES_PER_DAY}
-    what = f"{rows:,} rows, {DAYS} days in {FILES_PER_DAY} files each"
-    if note.exists() and json.loads(note.read_text()) == wanted:
-        print(f"1. The log is in {folder}: {what}", flush=True)
-        return
-    print(f"1. Making a log in {folder}: {what}", flush=True)
-    note.unlink(missing_ok=True)
-    ClickLog(seed).write(folder, range(DAYS), rows // DAYS, FILES_PER_DAY, format="tsv")
-    note.write_text(json.dumps(wanted))  # at the end: where it is, the log is whole
-    report(start, rows)
+    start, note, wanted = time.perf_counter(), folder / "log.json", {"rows": rows, "files": DAYS * FILES_PER_DAY}
+    is_there = note.exists() and json.loads(note.read_text()) == wanted and len(files_of(folder)) == wanted["files"]
+    print(f"1. {'Found' if is_there else 'Making'} a log of {rows:,} rows in {DAYS} days: {folder}", flush=True)
+    if not is_there:
+        note.unlink(missing_ok=True)
+        ClickLog().write(folder, range(DAYS), rows // DAYS, FILES_PER_DAY, format="tsv")
+        note.write_text(json.dumps(wanted))  # at the end: where it is, all files were written
+        report(start, rows)
 
 
 def count(files, folder, min_count):
@@ -88,13 +90,8 @@ def count(files, folder, min_count):
     report(start, features.num_samples)
 
 
-def checkpoint_steps(features, batch_size):
-    """Batches from one checkpoint to the next: a dozen in a pass."""
-    return max(1, features.num_samples // batch_size // 12)
-
-
-def train(files, valid, folder, batch_size, log):
-    """A pass over the files, from the newest checkpoint on; validation, and the file for a server."""
+def train(files, valid, folder, batch_size, log, rows):
+    """A pass over the files from the newest checkpoint on, whose place in it others see in `rows`; and validation."""
     # TensorFlow is imported here: what counts and what serves does without.
     import keras
 
@@ -106,6 +103,7 @@ def train(files, valid, folder, batch_size, log):
             print(f"   process {os.getpid()} {where}", flush=True)
 
         def on_train_batch_end(self, batch, logs=None):
+            rows.value = stream.rows
             if stream.batch and stream.batch % every_steps == 0:
                 speed, loss = logs["rows_per_second"], logs["loss"]
                 print(f"   {stream.rows:12,} rows, {speed:,.0f} rows/s, loss {loss:.4f}", flush=True)
@@ -115,19 +113,22 @@ def train(files, valid, folder, batch_size, log):
     features = FeatureDictionary.load(folder / "features")
     model = DeepFM.from_features(features, seed=0)
     model.compile()  # the recommended optimizers, learning rates and averages
-    stream, every_steps = features.stream(files, batch_size, shuffle=True), checkpoint_steps(features, batch_size)
+    stream = features.stream(files, batch_size, shuffle=True)
+    every_steps = max(1, features.num_samples // batch_size // 12)  # a dozen checkpoints in a pass
     checkpoint = Checkpoint(folder / "checkpoints", every_steps=every_steps)
     model.fit(stream, verbose=0, callbacks=[Progress(), checkpoint])
+    if checkpoint.epoch:
+        print("   was done before", flush=True)
     report(start)
 
     print(f"4. Validating on {names(valid)}", flush=True)
     start = time.perf_counter()
-    score, logloss, rows = evaluate(model, valid)
-    print(f"   AUC {score:.4f}, logloss {logloss:.4f}", flush=True)
+    found, logloss, size = evaluate(model, valid)
+    print(f"   AUC {found:.4f}, logloss {logloss:.4f}", flush=True)
     if log is not None:
-        best, learned = (log.ceiling(LAST_DAY, rows, model_day=day) for day in (LAST_DAY, TRAINING_DAYS[-1]))
+        best, learned = (log.ceiling(LAST_DAY, size, model_day=day) for day in (LAST_DAY, TRAINING_DAYS[-1]))
         print(f"   the true model has an AUC of {best:.4f}, that of the day before {learned:.4f}", flush=True)
-    report(start, rows)
+    report(start, size)
     store(model, folder)
 
 
@@ -167,9 +168,8 @@ def follow(files, test, folder, batch_size, log):
     model.resize(features)
     print(f"   {features.num_features - known:,} new features, {features.num_features:,} now", flush=True)
     model.fit(features.stream(files, batch_size, shuffle=True), verbose=0)
-    after, _, _ = evaluate(model, test)
-    print(f"   AUC of the test: {before:.4f} before, {after:.4f} now", flush=True)
-    print(f"   the true model has {log.ceiling(NEXT_DAY, rows):.4f}", flush=True)
+    after, best = evaluate(model, test)[0], log.ceiling(NEXT_DAY, rows)
+    print(f"   AUC of the test: {before:.4f} before, {after:.4f} now, {best:.4f} of the true model", flush=True)
     report(start, features.num_samples - seen)
     store(model, folder)
 
@@ -180,13 +180,12 @@ def serve(folder, file):
 
     scorer, record = Scorer.load(folder / "model.scorer"), first_record(file)
     label = record.pop("label")
-    shown = {name: record[name] for name in ("I1", "I2", "C1", "C2", "C26")}
-    print(f"6. A request: {json.dumps(shown)} and the other columns", flush=True)
+    print(f"6. A request: {json.dumps(record)[:100]} ...", flush=True)
     start, requests = time.perf_counter(), 2000
     for _ in range(requests):
         score = scorer.score(record)[0]
-    microseconds = (time.perf_counter() - start) / requests * 1e6
-    print(f"   score {score:.4f} (the label was {label:.0f}), {microseconds:.0f} us a request", flush=True)
+    each = (time.perf_counter() - start) / requests
+    print(f"   score {score:.4f} (the label was {label:.0f}), {each * 1e6:.0f} us a request", flush=True)
     report(start)
 
 
@@ -194,9 +193,7 @@ def first_record(file):
     """The first record of a file, as a dict of plain values; None is missing."""
     files = data.files(file)
     if files.is_parquet:
-        import pyarrow.parquet
-
-        return next(pyarrow.parquet.ParquetFile(file).iter_batches(1)).to_pylist()[0]
+        return next(parquet.ParquetFile(file).iter_batches(1)).to_pylist()[0]
     with io.TextIOWrapper(files.stream(files.paths[0]), encoding="utf-8", newline="") as lines:
         rows = csv.reader(lines, delimiter=files.delimiter)
         columns, cells = data.CRITEO, next(rows)
@@ -207,9 +204,7 @@ def first_record(file):
 
 
 def names(files):
-    return (
-        " and ".join(file.name for file in files) if len(files) < 3 else f"{len(files)} files from {files[0].name} on"
-    )
+    return f"{files[0].name} and {len(files) - 1} more files" if len(files) > 1 else files[0].name
 
 
 def main():
@@ -220,40 +215,31 @@ def main():
     parser.add_argument("--min-count", type=int, default=10, help="a value needs as many for a row of its own")
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=10_000_000, help="of the log that is made")
-    parser.add_argument("--seed", type=int, default=0, help="of the log that is made")
     choices = parser.parse_args()
-    start, log, half_done = time.perf_counter(), None, None
+    start, log = time.perf_counter(), None
     folder = choices.folder or pathlib.Path("demo-output", "criteo" if choices.paths else "logs")
     folder.mkdir(parents=True, exist_ok=True)
     if choices.paths:
-        files, valid = (
-            list(map(pathlib.Path, data.files(p).paths if p else ())) for p in (choices.paths, choices.valid)
-        )
-        valid = valid or [files.pop()]
+        files = [pathlib.Path(path) for path in data.files(choices.paths).paths]
+        valid = [pathlib.Path(path) for path in data.files(choices.valid or files.pop()).paths]
         if not files:
             parser.error("one file to learn, and none to validate on: name one with --valid")
     else:
-        log = ClickLog(choices.seed)
-        run(make_log, folder, choices.rows, choices.seed)
-        days = [sorted(folder.glob(f"day-{day:02}-part-*.tsv")) for day in range(DAYS)]
-        files, valid, test = [file for day in TRAINING_DAYS for file in days[day]], days[LAST_DAY], days[NEXT_DAY][:1]
+        log = ClickLog()
+        run(make_log, folder, choices.rows)
+        files, valid, test = (files_of(folder, days) for days in (TRAINING_DAYS, [LAST_DAY], [NEXT_DAY]))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: all is shown again
 
     run(count, files, folder, choices.min_count)
-    if log is not None:  # to be killed in the middle, while it writes a checkpoint
-        checkpoints, half = folder / "checkpoints", choices.rows * len(TRAINING_DAYS) // DAYS // choices.batch_size // 2
-
-        def half_done():
-            batches = [int(path.name.split("-")[2]) for path in checkpoints.glob("epoch-*-*")]
-            return max(batches, default=0) >= half and (checkpoints / "unfinished").exists()
-
     print(f"3. Training on {names(files)}", flush=True)
-    training = (files, valid, folder, choices.batch_size, log)
-    if run(train, *training, kill_when=half_done):
-        print("   killed. The same again:", flush=True)
+    rows = SPAWN.Value("q", lock=False)  # a killed process could not give a lock back
+    training = (files, valid, folder, choices.batch_size, log, rows)
+    kill_at = float("inf") if log is None else choices.rows * len(TRAINING_DAYS) / DAYS * 0.65
+    if run(train, *training, kill_when=lambda: rows.value > kill_at):
+        print(f"   killed after row {rows.value:,}. The same again:", flush=True)
         run(train, *training)
     if log is not None:
-        run(follow, valid, test, folder, choices.batch_size, log)
+        run(follow, valid, test[:1], folder, choices.batch_size, log)
     run(serve, folder, valid[0])
     most = megabytes(resource.RUSAGE_CHILDREN) + megabytes(resource.RUSAGE_SELF)
     print(f"All: {(time.perf_counter() - start) / 60:.1f} minutes, at most {most:,.0f} MB", flush=True)
