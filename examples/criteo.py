@@ -204,7 +204,7 @@ def first_record(file):
 
 
 def names(files):
-    return f"{files[0].name} and {len(files) - 1} more files" if len(files) > 1 else files[0].name
+    return f"{files[0].name} and {len(files) - 1} more" if len(files) > 1 else files[0].name
 
 
 def main():
