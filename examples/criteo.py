@@ -113,7 +113,7 @@ def train(files, valid, folder, batch_size, log, rows):
     features = FeatureDictionary.load(folder / "features")
     model = DeepFM.from_features(features, seed=0)
     model.compile()  # the recommended optimizers, learning rates and averages
-    stream = features.stream(files, batch_size)  # in the order of time, as the days to come are like the last ones
+    stream = features.stream(files, batch_size, shuffle="rows")  # the order of the days stays: the next is like the last
     every_steps = max(1, features.num_samples // batch_size // 12)  # a dozen checkpoints in a pass
     checkpoint = Checkpoint(folder / "checkpoints", every_steps=every_steps)
     model.fit(stream, verbose=0, callbacks=[Progress(), checkpoint])
@@ -167,7 +167,7 @@ def follow(files, test, folder, batch_size, log):
     features.save(folder / "features")
     model.resize(features)
     print(f"   {features.num_features - known:,} new features, {features.num_features:,} now", flush=True)
-    model.fit(features.stream(files, batch_size), verbose=0)
+    model.fit(features.stream(files, batch_size, shuffle="rows"), verbose=0)
     after, best = evaluate(model, test)[0], log.ceiling(NEXT_DAY, rows)
     print(f"   AUC of the test: {before:.4f} before, {after:.4f} now, {best:.4f} of the true model", flush=True)
     report(start, features.num_samples - seen)
