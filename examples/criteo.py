@@ -113,7 +113,7 @@ def train(files, valid, folder, batch_size, log, rows):
     features = FeatureDictionary.load(folder / "features")
     model = DeepFM.from_features(features, seed=0)
     model.compile()  # the recommended optimizers, learning rates and averages
-    stream = features.stream(files, batch_size, shuffle="rows")  # the order of the days stays: the next is like the last
+    stream = features.stream(files, batch_size, shuffle="rows")  # days stay in their order
     every_steps = max(1, features.num_samples // batch_size // 12)  # a dozen checkpoints in a pass
     checkpoint = Checkpoint(folder / "checkpoints", every_steps=every_steps)
     model.fit(stream, verbose=0, callbacks=[Progress(), checkpoint])
