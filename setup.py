@@ -124,6 +124,7 @@ TEST = [
     "polars",
     "pyarrow",
     "matplotlib",
+    "moto[server]",
     *SERVE,
     *LINT,
     "auditwheel",

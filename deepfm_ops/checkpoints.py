@@ -51,7 +51,8 @@ class Checkpoint(keras.callbacks.Callback):
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {every_steps}")
         self.folder, self.every, self.every_steps = pathlib.Path(folder), every, every_steps
-        self.epoch, self._given = 0, stream
+        self.epoch = 0
+        self._given = stream
 
     def _whole(self):
         """The checkpoints, oldest first."""

@@ -5,17 +5,22 @@ import fnmatch
 import glob
 import os
 import pathlib
+import re
 
 CRITEO = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 PARQUET = ".parquet"
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
+_MARKS = "*?["  # of a glob
+_QUERY = re.compile(r"\?\w+=[^&/]*(?:&\w+=[^&/]*)*\Z")  # of a URI
+_HIDDEN = re.compile(r"/[._]")
 
 
 def pyarrow():
     """The module, with its parts. Raises ImportError that says how to install it."""
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.csv
         import pyarrow.fs
         import pyarrow.parquet
@@ -70,9 +75,9 @@ def files(paths, *, names=None, delimiter=None, filesystem=None):
     What `FeatureDictionary` takes as a source needs this function only for its keywords.
 
     Args:
-        paths: a path, a glob, a folder (all its files that are not hidden), or a list of these: .csv, .tsv, .txt, and
-            those compressed (.gz, .zst, .bz2, .lz4), or .parquet. Paths of other file systems as pyarrow names them:
-            "s3://bucket/key", "gs://bucket/key", "hdfs://...".
+        paths: a path, a glob, a folder (all its files, but what starts with a dot or "_"), or a list of these: .csv,
+            .tsv, .txt or .parquet, and those compressed (.gz, .zst, .bz2, .lz4). Paths of other file systems as pyarrow
+            names them, "s3://bucket/key", "gs://bucket/key", "hdfs://...", with options behind a question mark.
         names: of the columns of text files without a header. None: the first line has them, unless the columns that are
             asked for are numbers (0, 1, ...), which count columns, or the file has the 40 columns of Criteo's logs and
             `CRITEO`'s names are asked for.
@@ -86,25 +91,20 @@ def files(paths, *, names=None, delimiter=None, filesystem=None):
 
     """
     pa = pyarrow()
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given = [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if not given:
         raise FileNotFoundError("no paths")
     system, found = filesystem, []
     if system is not None and not isinstance(system, pa.fs.FileSystem):
         system = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(system))
-    if system is None and "://" in os.fspath(given[0]):
-        # A glob is no URI: what comes before its first mark is one.
-        system, _ = pa.fs.FileSystem.from_uri(_before_marks(os.fspath(given[0])))
-    elif system is None:
-        system = pa.fs.LocalFileSystem()
-    for path in map(os.fspath, given):
-        name = path
-        if "://" in path:
-            head = _before_marks(path)
-            here, root = pa.fs.FileSystem.from_uri(head)
-            if filesystem is None and not here.equals(system):
-                raise ValueError(f"{path} is in another file system than {given[0]}: read them apart")
-            name = root + path[len(head) :]
+    for path in given:
+        if filesystem is not None:
+            here, name = system, _QUERY.sub("", path.partition("://")[2]) if "://" in path else path
+        else:
+            here, name = _located(pa, path)
+        if system is not None and not here.equals(system):
+            raise ValueError(f"{path} is in another file system than {given[0]}: read them apart")
+        system = here
         found += _expanded(pa, system, name, path)
     kinds = {_kind(path) for path in found}
     if len(kinds) > 1:
@@ -112,15 +112,26 @@ def files(paths, *, names=None, delimiter=None, filesystem=None):
     kind = kinds.pop()
     if delimiter is None:
         delimiter = _DELIMITERS.get(kind, ",")
-    if not isinstance(delimiter, str) or len(delimiter) != 1 or not delimiter.isascii():
-        raise ValueError(f"delimiter must be one character, got {delimiter!r}")
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
+        raise ValueError(f"delimiter must be one character, no quote and no line break, got {delimiter!r}")
     return Files(tuple(found), None if names is None else tuple(names), delimiter, system)
+
+
+def _located(pa, path):
+    """(file system, path in it) of a path or a URI, with marks of a glob or without."""
+    if "://" not in path:
+        return pa.fs.LocalFileSystem(), path
+    query = _QUERY.search(path)
+    path, query = (path[: query.start()], query[0]) if query else (path, "")
+    head = _before_marks(path)  # a glob is no URI: what comes before its first mark is one
+    system, root = pa.fs.FileSystem.from_uri(head + query)
+    return system, root + path[len(head) :]
 
 
 def _before_marks(path):
     """The folders of a path before the first one with a mark of a glob; all of a path without marks."""
-    first = min((path.index(mark) for mark in "*?[" if mark in path), default=None)
-    return path if first is None else path[: path.rindex("/", 0, first)]
+    first = min((path.index(mark) for mark in _MARKS if mark in path), default=None)
+    return path if first is None else path[: max(0, path.rfind("/", 0, first))]
 
 
 def _kind(path):
@@ -136,23 +147,42 @@ def _kind(path):
 
 
 def _expanded(pa, system, name, path):
-    exists = system.get_file_info([name])[0].type != pa.fs.FileType.NotFound  # a name may have brackets
-    if not exists and any(mark in name for mark in "*?["):
+    """The files that a path stands for."""
+    info = system.get_file_info([name])[0]
+    if info.type == pa.fs.FileType.NotFound and any(mark in name for mark in _MARKS):  # a name may have brackets
         if isinstance(system, pa.fs.LocalFileSystem):
             matches = sorted(glob.glob(name, recursive=True))
         else:
-            infos = system.get_file_info(pa.fs.FileSelector(_before_marks(name), recursive=True))
-            matches = sorted(info.path for info in infos if info.is_file and fnmatch.fnmatchcase(info.path, name))
-        if not matches:
+            folder = pa.fs.FileSelector(_before_marks(name), allow_not_found=True, recursive=True)
+            infos, marks = system.get_file_info(folder), name.split("/")
+            matches = sorted(info.path for info in infos if _matches(info.path.split("/"), marks))
+        found = [file for info in system.get_file_info(matches) for file in _inside(pa, system, info)]
+        if not found:
             raise FileNotFoundError(f"{path}: no file has such a name")
-        return matches
-    info = system.get_file_info([name])[0]
-    if info.type == pa.fs.FileType.Directory:
-        infos = system.get_file_info(pa.fs.FileSelector(name, recursive=True))
-        inside = sorted(i.path for i in infos if i.is_file and not os.path.basename(i.path).startswith((".", "_")))
-        if not inside:
-            raise FileNotFoundError(f"{path} is a folder without files")
-        return inside
+        return list(dict.fromkeys(found))  # "**" finds folders, and what is in them
     if info.type == pa.fs.FileType.NotFound:
         raise FileNotFoundError(f"{path}: no such file")
-    return [name]
+    found = _inside(pa, system, info)
+    if not found:
+        raise FileNotFoundError(f"{path} is a folder without files")
+    return found
+
+
+def _inside(pa, system, info):
+    """The files of a folder, at any depth, without hidden ones; or the file itself."""
+    if info.type == pa.fs.FileType.Unknown:
+        raise ValueError(f"{info.path} is neither a file nor a folder")
+    if info.type != pa.fs.FileType.Directory:
+        return [info.path]
+    infos = system.get_file_info(pa.fs.FileSelector(info.path, recursive=True))
+    return sorted(i.path for i in infos if i.is_file and not _HIDDEN.search(i.path, len(info.path.rstrip("/"))))
+
+
+def _matches(parts, marks):
+    """Whether a path is one of a glob's, as `glob.glob` has it: a mark stands for nothing across folders, but **."""
+    if not marks or not parts:
+        return not parts and all(mark == "**" for mark in marks)
+    if marks[0] == "**":
+        return _matches(parts, marks[1:]) or _matches(parts[1:], marks)
+    is_hidden = parts[0].startswith(".") and not marks[0].startswith(".")
+    return not is_hidden and fnmatch.fnmatchcase(parts[0], marks[0]) and _matches(parts[1:], marks[1:])

@@ -1,9 +1,15 @@
 """Records that cannot be read: the first is an error that says which and why, or all are left out and counted."""
 
+import logging
+import threading
+
 import numpy as np
 
 from deepfm_ops.features import cells
+from deepfm_ops.features.tables import BadWeights
 from deepfm_ops.features.vocabulary import native
+
+_LOGGER = logging.getLogger("deepfm_ops")
 
 
 class BadRecord(ValueError):
@@ -11,20 +17,40 @@ class BadRecord(ValueError):
 
 
 class Bad:
-    """What is done with records that cannot be read: the first is an error, or all are counted."""
+    """What is done with records that cannot be read: the first is an error, or all are counted.
+
+    Attributes:
+        count: how many were left out; the rest of a file that is cut off, or a whole file, is one.
+        first: what is wrong with the first of them.
+
+    """
 
     def __init__(self, on_bad):
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
-        self.skips, self.count = on_bad == "skip", 0
+        self.skips, self.count, self.first = on_bad == "skip", 0, None
+        self._turn = threading.Lock()  # chunks are read in several threads
 
-    def __call__(self, place, what):
+    def __call__(self, what, count=1):
         if not self.skips:
-            raise BadRecord(f"{place}: {what}")
-        self.count += 1
+            raise BadRecord(what)
+        with self._turn:
+            self.count += count
+            self.first = self.first or what
+
+    def summary(self, good, before=0):
+        """How many records were left out beside so many good ones since `count` was `before`; "" if none was."""
+        count = self.count - before
+        total = f"{count:,} of {count + good:,} records were skipped, as on_bad='skip' says; the first: {self.first}"
+        return total if count else ""
+
+    def report(self, good, before=0):
+        """Tells the log `summary`."""
+        if summary := self.summary(good, before):
+            _LOGGER.warning(summary)
 
 
-def bad_numbers(table, name, kind, nonfinite):
+def bad_numbers(table, name, kind, nonfinite, labels=None):
     """(rows, function that says what is wrong with one) of the numbers of a column that cannot be used, or None.
 
     Args:
@@ -32,6 +58,7 @@ def bad_numbers(table, name, kind, nonfinite):
         name: of the column.
         kind: "numbers" or "label", which may not be missing.
         nonfinite: "error" or "missing".
+        labels: (least, most, what others are), or None: all numbers are labels.
 
     """
     numbers, has_others = table.spelled(name)
@@ -42,11 +69,16 @@ def bad_numbers(table, name, kind, nonfinite):
             bad[row] = native.Column.of_list([given[row]]).numbers()[1] >= 0
     if nonfinite == "error" or kind == "label":
         bad |= np.abs(numbers) > cells.LARGEST
+    rule = cells.UNUSABLE
     if kind == "label":
         bad |= numbers != numbers
+        rule = "is no label: it must be a number, and cannot be missing"
+        if labels is not None:
+            least, most, said = labels
+            bad |= (numbers < least) | (numbers > most)
+            rule = f"is no label: it is {said}"
     if not bad.any():
         return None
-    rule = cells.UNUSABLE if kind == "numbers" else "is no label: it must be a number, and cannot be missing"
 
     def what(row):
         value = table.cells(name)[row]
@@ -56,7 +88,48 @@ def bad_numbers(table, name, kind, nonfinite):
     return np.flatnonzero(bad), what
 
 
+def bad_texts(column, rows=None):
+    """As `bad_numbers`, of a column of text that has to be UTF-8, and not too long; `rows` are those of its cells."""
+    if column.first_bad() < 0:
+        return None
+    bad = {}
+    for i in range(len(column)):
+        if not _is_text(column[i]):
+            bad.setdefault(i if rows is None else int(rows[i]), i)
+
+    def what(row):
+        return f"{shown(column[bad[row]])} is not UTF-8 text of at most {native.LONGEST_TEXT} bytes"
+
+    return np.array(list(bad)), what
+
+
+def bad_entries(table, name, separator, weighted, longest):
+    """As `bad_numbers`, of the values of a multi-valued column; an entry has `longest` of them at most, or None."""
+    try:
+        row_splits, values, *_ = table.pieces(name, separator, weighted)
+    except BadWeights as error:
+        what = error.what
+        return np.array(error.rows()), lambda row: what
+    lengths = np.diff(row_splits)
+    if longest is not None and lengths.max(initial=0) > longest:
+        rule = f"the matrices would have as many columns: give max_length (without it {longest} is the most)"
+        return np.flatnonzero(lengths > longest), lambda row: f"an entry of {lengths[row]} values, and {rule}"
+    return bad_texts(values, np.repeat(np.arange(len(lengths)), lengths))
+
+
+def _is_text(cell):
+    if cell is None:
+        return True
+    if len(cell) > native.LONGEST_TEXT:
+        return False
+    try:
+        cell.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def shown(value):
     """A value for an error, shortened."""
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 60 else f"{text[:56]} ... ({len(value)} long)"

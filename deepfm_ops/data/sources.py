@@ -12,7 +12,7 @@ import numpy as np
 
 from deepfm_ops.data import parquet_files, text_files
 from deepfm_ops.data.files import Files, files
-from deepfm_ops.data.records import Bad, BadRecord
+from deepfm_ops.data.records import Bad
 from deepfm_ops.features.tables import Table, is_plain, is_table
 
 
@@ -43,14 +43,18 @@ class Reading:
         on_bad: "error" or "skip".
         nonfinite: what an unusable number is: "error" or "missing".
         dictionaries: whether text columns of Parquet files stay dictionaries, which are looked up once per value.
+        entries: {column: (separator, whether values carry weights, the most that an entry may have, or None)} of those
+            that are "entries".
 
     Attributes:
         files: `Files`, or None.
         bad: `Bad`.
+        labels: (least, most, what others are) where labels have to be between, or None.
 
     """
 
-    def __init__(self, source, needs, on_bad="error", nonfinite="error", dictionaries=False):
+    def __init__(self, source, needs, on_bad="error", nonfinite="error", dictionaries=False, entries=None):
+        self.entries, self.labels = entries or {}, None
         self.needs, self.bad, self.nonfinite, self.dictionaries = needs, Bad(on_bad), nonfinite, dictionaries
         paths = isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike)
         if isinstance(source, str | os.PathLike) or paths:
@@ -75,24 +79,22 @@ class Reading:
                     yield table
 
     def validated(self, table):
-        """A table of a file without the records that cannot be used.
+        """A table of a file without the records that cannot be used; None if that leaves nothing.
 
         Raises:
             BadRecord: there is one, and it is not to be skipped.
 
         """
-        bad = np.zeros(table.num_rows, bool)
         for name, kind in self.needs.items():
-            found = table.bad_rows(name, kind, self.nonfinite)
-            if found is not None:
+            # What is wrong with a column may be found in several steps.
+            while table.num_rows and (found := table.bad_rows(name, kind, self.nonfinite)) is not None:
                 rows, what = found
-                if not self.bad.skips:
-                    raise BadRecord(f"{table.place(int(rows[0]))}, column {name!r}: {what(int(rows[0]))}")
+                first = int(rows[0])
+                self.bad(f"{table.place(first)}, column {name!r}: {what(first)}", len(rows))
+                bad = np.zeros(table.num_rows, bool)
                 bad[rows] = True
-        if not bad.any():
-            return table
-        self.bad.count += int(bad.sum())
-        return table.without(bad)
+                table = table.without(bad)
+        return table if table.num_rows else None
 
     def form(self, path):
         """How the columns of a text file are laid out."""
@@ -113,7 +115,11 @@ class _Given:
     def _table(self):
         needs = self._reading.needs
         lists = [name for name, kind in needs.items() if kind == "entries"]
-        table = Table(self._source, needs, lists, record=False)
-        if self._number is not None:
-            table.prefix = f"table {self._number}, "
+        if self._number is None:
+            return Table(self._source, needs, lists, record=False)
+        try:
+            table = Table(self._source, needs, lists, record=False)
+        except (KeyError, TypeError, ValueError) as error:
+            raise type(error)(f"table {self._number}: {error.args[0]}") from None
+        table.prefix = f"table {self._number}, "
         return table

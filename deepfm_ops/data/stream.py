@@ -40,7 +40,7 @@ class Stream:
             n-th row.
         drop_remainder: whether a last batch of fewer rows is left out.
         labels: whether there are labels, in the column that `fit` was told; None: if it was told one.
-        on_bad: "error", or "skip": records that cannot be read are left out, and counted in `num_skipped`.
+        on_bad: "error", or "skip", as for `FeatureDictionary.fit`; the log is told at the end of each pass.
         shuffle_rows: rows that are held in memory to be shuffled, 12 bytes a column.
         threads: that encode; None: half of the machine's cores, 4 at most.
 
@@ -82,7 +82,8 @@ class Stream:
         self.has_labels = features.label is not None if labels is None else bool(labels)
         if self.has_labels and features.label is None:
             raise ValueError("labels=True needs a FeatureDictionary whose fit was told the column: fit(..., label=...)")
-        self.features, self._source, self._on_bad = features, source, on_bad
+        self.features = features
+        self._source, self._on_bad = source, on_bad
         self.size, self.shuffle, self.seed, self.shard = (
             int(batch_size),
             shuffle if shuffle == "rows" else bool(shuffle),
@@ -106,6 +107,10 @@ class Stream:
     @property
     def num_skipped(self):
         return self._reading.bad.count
+
+    def check_labels(self, least, most, what):
+        """From now on a label of a file that is not between is a bad record, of which `what` is said."""
+        self._reading.labels = least, most, what
 
     # The position.
 
@@ -142,6 +147,8 @@ class Stream:
         """
         try:
             position = {name: int(state[name]) for name in ("epoch", "batch", "rows", "piece", "chunk", "row")}
+            if min(position.values()) < 0:
+                raise ValueError(str(position))
             given = {name: state[name] for name in FIXED}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no state of a stream: {error!r}") from None
@@ -219,11 +226,14 @@ class Stream:
         while True:
             epoch = max(self.epoch, self._next)
             first, at = (self._batch, self._at) if epoch == self.epoch else (0, (0, 0, 0))
+            number, bad = first, self._reading.bad
             try:
                 for number, (batch, after, rows) in enumerate(self._pass(epoch, first, at), first + 1):
                     if self._handed is not None:
                         self._handed[epoch, number] = after, rows
                     yield batch
+                if number == 0:  # of which Keras says nothing
+                    raise ValueError(f"there is no record for a batch of {self.size}. {bad.summary(0)}")
             except Exception as error:  # for `raising`: of TensorFlow's it is a text only
                 self.error = error
                 raise
@@ -233,12 +243,15 @@ class Stream:
 
     def _pass(self, epoch, first, at):
         """(batch, position after it, rows) from a position in a pass; the last one is known to be when it is given."""
-        before, number = None, first
+        before, number, rows, bad = None, first, 0, self._reading.bad
+        skipped = bad.count
         for batch in self._cut(epoch, at):
+            rows += batch[2]
             if before is not None:
                 number += 1
                 yield before
             before = batch
+        bad.report(rows, skipped)
         if before is not None:
             number += 1
             self._lengths[epoch] = number

@@ -5,32 +5,45 @@ line breaks within are not supported: a line is a record.
 """
 
 import copy
-import csv
 import dataclasses
+import functools
+import re
 
 import numpy as np
 
 from deepfm_ops.data.files import COMPRESSED, CRITEO, pyarrow, suffix
-from deepfm_ops.data.records import BadRecord, bad_numbers, shown
+from deepfm_ops.data.records import BadRecord, bad_entries, bad_numbers, bad_texts
 from deepfm_ops.features import texts as texts_
 from deepfm_ops.features.tables import split_entries
 from deepfm_ops.features.vocabulary import native
 
 PIECE = 1 << 22  # bytes
 BLOCK = 1 << 20  # bytes that pyarrow splits at a time: they stay in the cache
+STEP = 1 << 16  # bytes of a compressed file that are read at a time, and lost where it is cut off
+LONGEST_LINE = 1 << 26  # bytes, beyond which a file is none of lines
 BOM, BREAK = b"\xef\xbb\xbf", b"\n"
+_NO_TEXT = {
+    b"\xff\xfe": "is UTF-16: write it in UTF-8",
+    b"\xfe\xff": "is UTF-16: write it in UTF-8",
+    b"\x1f\x8b": "is compressed: its name must end in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed: its name must end in .zst",
+    b"PAR1\x15": "is a Parquet file: its name must end in .parquet",
+}
 
 
 def pieces(reading):
     """The pieces of the text files of a `sources.Reading`, in order."""
     for path, size in zip(reading.files.paths, reading.files.sizes(), strict=True):
-        if not size:
-            raise BadRecord(f"{path} is empty")
+        try:
+            reading.form(path)
+        except BadRecord as error:  # nothing of the file can be read
+            reading.bad(str(error))
+            continue
         if suffix(path) in COMPRESSED:
             yield _Compressed(reading, path)
         else:
             for start in range(0, size, PIECE):
-                yield _Range(reading, path, start, start + PIECE)
+                yield _Range(reading, path, start, min(start + PIECE, size))
 
 
 class _Range:
@@ -45,27 +58,29 @@ class _Range:
         with self._reading.files.system.open_input_file(self._path) as file:
             file.seek(first)
             content = file.read(self._end - first)
+            if len(content) < self._end - first:
+                raise BadRecord(f"{self._path} is shorter than it was when it was opened")
             if self._start:
-                begin = content.find(b"\n") + 1
+                begin = content.find(BREAK) + 1
                 if not begin:
                     return
                 first, content = first + begin, content[begin:]
-            while content and not content.endswith(b"\n"):
-                more = file.read(BLOCK)
-                end = more.find(b"\n") + 1
-                content += more[:end] if end else more
-                if not more or end:
-                    break
+            parts = [content]  # a line may be long, and what is added to bytes copies them
+            while parts[-1] and not parts[-1].endswith(BREAK):
+                more = file.read(max(BLOCK, 1 << 12))
+                end = more.find(BREAK) + 1
+                parts.append(more[:end] if end else more)
+                _check_line(self._path, sum(map(len, parts)) - len(content))
+            content = b"".join(parts)
         if content:
-            yield lambda: _table(self._reading, self._path, content, first == 0, lambda: self._lines_before(first))
+            yield lambda: _table(self._reading, self._path, content, first, lambda: self._lines_before(first))
 
     def _lines_before(self, byte):
         """Counted only where an error needs it."""
         count = 0
         with self._reading.files.system.open_input_file(self._path) as file:
-            while byte > 0:
-                block = file.read(min(byte, 1 << 24))
-                count, byte = count + block.count(b"\n"), byte - len(block)
+            while byte > 0 and (block := file.read(min(byte, 1 << 24))):
+                count, byte = count + block.count(BREAK), byte - len(block)
         return count
 
 
@@ -76,44 +91,67 @@ class _Compressed:
         self._reading, self._path = reading, path
 
     def chunks(self):
-        rest, before = b"", 0
+        held, size, first, before, more, damage = [], 0, 0, 0, b"more", None
         with self._reading.files.stream(self._path) as stream:
-            more = b"more"
             while more:
                 try:
-                    more = stream.read(PIECE)
+                    more = stream.read(min(PIECE, STEP))
                 except OSError as error:
-                    what = f"it is damaged or cut off: {error}"
-                    raise BadRecord(f"{self._path}, after line {before + rest.count(BREAK)}: {what}") from None
-                end = more.rfind(b"\n") + 1
-                content, rest = (rest + more[:end], more[end:]) if end or not more else (b"", rest + more)
+                    more, damage = b"", error
+                held.append(more)
+                size += len(more)
+                if more and size < PIECE:
+                    continue
+                content = b"".join(held)
+                end = len(content) if not more and damage is None else content.rfind(BREAK) + 1
+                content, held, size = content[:end], [content[end:]], 0
+                _check_line(self._path, len(held[0]))
                 if content:
-                    yield self._chunk(content, before)
-                    before += content.count(b"\n")
+                    yield self._chunk(content, first, before)
+                    first, before = first + len(content), before + content.count(BREAK)
+        if damage is not None:
+            what = f"it is damaged or cut off ({damage}), and what follows cannot be read"
+            self._reading.bad(f"{self._path}, after line {before}: {what}")
 
-    def _chunk(self, content, before):
-        return lambda: _table(self._reading, self._path, content, before == 0, lambda: before)
+    def _chunk(self, content, first, before):
+        return lambda: _table(self._reading, self._path, content, first, lambda: before)
+
+
+def _check_line(path, length):
+    if length > LONGEST_LINE:
+        raise BadRecord(f"{path}: a line is longer than {LONGEST_LINE:,} bytes, or lines do not end in \\n")
 
 
 @dataclasses.dataclass
 class Form:
-    """How the columns of a text file are laid out."""
+    """How the columns of a text file are laid out.
+
+    Attributes:
+        names: of the columns.
+        delimiter: of the columns.
+        begin: the byte, decompressed, with which the records begin: behind blank lines, and the header.
+
+    """
 
     names: list
-    has_header: bool
     delimiter: str
+    begin: int
 
 
 def form_of(files, path, needs):
     """The columns of a text file, from its first line and what is asked for."""
-    first_line = _first_line(files, path)
-    found = next(csv.reader([first_line], delimiter=files.delimiter), [])
-    shown = f"{found[:8]}{' ...' if len(found) > 8 else ''}"
+    line, number, begin, end = _first_line(files, path)
+    place = f"{path}, line {number}"
+    found = _split_line(line, files.delimiter)
+    if found is None:
+        raise BadRecord(f"{place}: {NO_CELLS}")
+    found = [cell.decode("utf-8", "replace") for cell in found]
+    shown = f"{[name[:60] for name in found[:8]]}{' ...' if len(found) > 8 else ''}"
     if files.names is not None:
         if len(files.names) != len(found):
-            raise ValueError(
-                f"{path}, line 1: {len(files.names)} names are given, but it has {len(found)} columns: {shown}"
-            )
+            raise ValueError(f"{place}: {len(files.names)} names are given, but it has {len(found)} columns: {shown}")
+        if list(files.names) == found:
+            raise ValueError(f"{place} is a header, {shown}: names are for files without one")
         names, has_header = list(files.names), False
     elif all(isinstance(name, int) for name in needs):
         names, has_header = list(range(len(found))), False
@@ -128,33 +166,74 @@ def form_of(files, path, needs):
     if missing:
         how = " (of a file without a header give data.files(path, names=[...]), or ask for columns by number)"
         raise KeyError(f"{path}: column {missing[0]!r} is missing; it has {shown}{how if has_header else ''}")
-    return Form(names, has_header, files.delimiter)
+    return Form(names, files.delimiter, end if has_header else begin)
 
 
 def _first_line(files, path):
-    line = b""
+    """(the first line that is not blank, its number from 1 on, its first byte, the first one after it)."""
+    content, begin, number = b"", 0, 1
     try:
         with files.stream(path) as stream:
-            while BREAK not in line and len(line) < PIECE:
-                more = stream.read(1 << 16)
+            while True:
+                end = content.find(BREAK, begin) + 1
+                line = content[begin : end or len(content)]
+                if end and line.strip(b"\r\n").removeprefix(BOM):
+                    break
+                if end:
+                    begin, number = end, number + 1
+                    continue
+                _check_line(path, len(content))
+                more = stream.read(max(1 << 12, len(content)))
                 if not more:
                     break
-                line += more
+                content += more
     except OSError as error:
-        raise BadRecord(f"{path}, line 1: it is damaged or cut off: {error}") from None
-    if not line.strip():
+        raise BadRecord(f"{path}, line {number}: it is damaged or cut off: {error}") from None
+    for mark, what in _NO_TEXT.items():
+        if line.startswith(mark):
+            raise BadRecord(f"{path} {what}")
+    if begin == 0 and line.startswith(BOM):
+        begin, line = len(BOM), line[len(BOM) :]
+    if not line.strip(b"\r\n"):
         raise BadRecord(f"{path} is empty")
-    return line.split(b"\n")[0].removeprefix(BOM).rstrip(b"\r").decode("utf-8", "replace")
+    return line.rstrip(b"\r\n"), number, begin, end or len(content)
 
 
-def _table(reading, path, content, is_first, lines_before):
-    """The table of some lines of a file, or None if there is no record in them."""
+NO_CELLS = "a quote is not closed in the line, or it has a carriage return within"
+
+
+@functools.cache
+def _patterns(delimiter, columns=1):
+    """(pattern of a cell as pyarrow reads it, a quoted part and a plain one, and what ends it; of so many cells)."""
+    mark = re.escape(delimiter.encode())
+    quoted, plain = rb'"([^"]*(?:""[^"]*)*)"(?!")', rb"[^%b\r]*" % mark
+    cell = rb'(?:%b(%b)|(?!")(%b))' % (quoted, plain, plain)
+    return re.compile(rb"%b(%b|\Z)" % (cell, mark)), re.compile(rb"%b(?:%b%b){%d}" % (cell, mark, cell, columns - 1))
+
+
+def _whole(form):
+    """The pattern of a line that is a record."""
+    return _patterns(form.delimiter, len(form.names))[1]
+
+
+def _split_line(line, delimiter):
+    """The cells of a line, or None."""
+    cells, at, pattern = [], 0, _patterns(delimiter)[0]
+    while found := pattern.match(line, at):
+        quoted, rest, plain, end = found.groups()
+        cells.append(plain if quoted is None else quoted.replace(b'""', b'"') + rest)
+        if not end:
+            return cells
+        at = found.end()
+    return None
+
+
+def _table(reading, path, content, first, lines_before):
+    """The table of some lines of a file, from byte `first` on, or None if there is no record in them."""
     form, skipped = reading.form(path), 0
-    if is_first:
-        content = content.removeprefix(BOM)
-        if form.has_header:
-            _, _, content = content.partition(b"\n")
-            skipped = 1
+    if form.begin > first:
+        skipped = content.count(BREAK, 0, form.begin - first)
+        content = content[form.begin - first :]
     if not content.strip(b"\r\n"):
         return None
     return reading.validated(TextTable(reading, path, content, form, lambda: lines_before() + skipped))
@@ -173,16 +252,22 @@ class TextTable:
     """
 
     def __init__(self, reading, path, content, form, lines_before):
-        self._path, self._lines_before, self._lines, self._content = path, lines_before, None, content
-        self._numbers, self._columns = {}, {}
-        lines = content.count(b"\n") + (not content.endswith(b"\n"))
+        self._path, self._lines_before, self._lines = path, lines_before, None
+        self._reading, self._numbers, self._columns, self._pieces = reading, {}, {}, {}
+        lines = content.count(BREAK) + (not content.endswith(BREAK))
         try:
             table = self._split(content, form, reading.needs, BLOCK)
         except pyarrow().ArrowInvalid:
             table = None
-        if table is None or table.num_rows != lines:  # a record of another length, a quote, or empty lines
+        # A record of another length, a quote, or an empty line. To pyarrow a carriage return is a line's end, and a
+        # quote may be open at the end of the last one.
+        last = content[content.rfind(BREAK, 0, -1) + 1 :].rstrip(b"\r\n")
+        is_whole = content.count(b"\r") == content.count(b"\r\n") and _whole(form).fullmatch(last)
+        if table is None or table.num_rows != lines or not is_whole:
             content = self._without_bad_lines(content, form, reading.bad)
             table = self._split(content, form, reading.needs, max(BLOCK, len(content) + 1)) if content else None
+            if table is not None and table.num_rows != len(self._lines):
+                raise BadRecord(f"{self.place(0)} on: these lines are not one record each")
         self.num_rows = 0 if table is None else table.num_rows
         if table is not None:
             table = table.combine_chunks()
@@ -206,23 +291,19 @@ class TextTable:
     def _without_bad_lines(self, content, form, bad):
         """The lines that are records, looked at one by one."""
         kept, self._lines = [], []
-        for number, line in enumerate(content.split(b"\n")):
+        whole = _whole(form)
+        for number, line in enumerate(content.split(BREAK)):
             line = line.rstrip(b"\r")
             if not line:
                 continue
-            try:
-                text = line.decode("latin-1")  # for its quotes and lengths alone
-                count = len(next(csv.reader([text], delimiter=form.delimiter, strict=True)))
-                what = f"it has {count} columns, not {len(form.names)}"
-                is_good = count == len(form.names)
-            except csv.Error as error:
-                is_good, what = False, f"a quote is not closed in the line, or not at the end of a cell ({error})"
-            if is_good:
+            if whole.fullmatch(line):
                 kept.append(line)
                 self._lines.append(number)
-            else:
-                bad(self._place_of(number), what)
-        return b"\n".join(kept)
+                continue
+            found = _split_line(line, form.delimiter)
+            what = NO_CELLS if found is None else f"it has {len(found)} columns, not {len(form.names)}"
+            bad(f"{self._place_of(number)}: {what}")
+        return BREAK.join(kept)
 
     def _place_of(self, line):
         return f"{self._path}, line {self._lines_before() + line + 1}"
@@ -238,22 +319,18 @@ class TextTable:
         kept._lines = np.flatnonzero(~rows) if self._lines is None else np.asarray(self._lines)[~rows]
         kept._lines = kept._lines.tolist()
         kept._arrays = {name: array.filter(pa.array(~rows)) for name, array in self._arrays.items()}
-        kept._numbers, kept._columns, kept.num_rows = {}, {}, int((~rows).sum())
+        kept._numbers, kept._columns, kept._pieces, kept.num_rows = {}, {}, {}, int((~rows).sum())
         return kept
 
     def bad_rows(self, name, kind, nonfinite):
         """(rows, function that says what is wrong with one) of what cannot be used in a column, or None."""
         if kind in ("numbers", "label"):
-            return bad_numbers(self, name, kind, nonfinite)
+            return bad_numbers(self, name, kind, nonfinite, self._reading.labels)
+        if kind == "entries":
+            return bad_entries(self, name, *self._reading.entries[name])
         column = self._column(name)
-        if column.longest <= native.LONGEST_TEXT and self._is_utf8:
-            return None
-        bad = [row for row in range(len(column)) if not _is_text(column[row], kind)]
-        if not bad:
-            return None
-        return np.array(
-            bad
-        ), lambda row: f"{shown(column[row])} is not UTF-8 text of at most {native.LONGEST_TEXT} bytes"
+        is_good = column.longest <= native.LONGEST_TEXT and self._is_utf8
+        return None if is_good else bad_texts(column)
 
     def _column(self, name):
         if name not in self._columns:
@@ -278,7 +355,9 @@ class TextTable:
 
     def pieces(self, name, separator, weighted=False, strict=True):
         """The entries of a column, as `Table.pieces`."""
-        return split_entries(self, name, self._column(name), separator, weighted)
+        if name not in self._pieces:
+            self._pieces[name] = split_entries(self, name, self._column(name), separator, weighted)
+        return self._pieces[name]
 
     def numbers(self, name):
         """The column as float64, NaN where a cell is missing."""
@@ -290,15 +369,3 @@ class TextTable:
         return [
             None if (cell := column[row]) is None else cell.decode("utf-8", "replace") for row in range(len(column))
         ]
-
-
-def _is_text(cell, kind):
-    if cell is None:
-        return True
-    if kind == "text" and len(cell) > native.LONGEST_TEXT:
-        return False
-    try:
-        cell.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -19,7 +19,7 @@ import numpy as np
 
 from deepfm_ops.features import cells, dictionary_file
 from deepfm_ops.features import counts as counts_
-from deepfm_ops.features.fields import KINDS, TRANSFORMS, Field, Learner, dtype_of
+from deepfm_ops.features.fields import KINDS, LONGEST, TRANSFORMS, Field, Learner, dtype_of
 from deepfm_ops.features.tables import Table
 from deepfm_ops.features.vocabulary import DTYPES, NO_TEXT, Vocabulary, native
 
@@ -74,7 +74,7 @@ class FeatureDictionary:
             than zero (of quantile buckets beyond 131,072 numbers: an estimate); index 0, which has none, is 0. None:
             the dictionary was saved by an older version.
         num_samples: rows that `fit` and `update` saw; None likewise.
-        num_skipped: records that the last `fit` or `update` left out with on_bad="skip".
+        num_skipped: records that the last `fit`, `update` or `transform` of files left out with on_bad="skip".
 
     """
 
@@ -149,7 +149,10 @@ class FeatureDictionary:
                 as the longest entry has; one of more than 1,024 is an error.
             weighted: name or names of the multivalued columns whose values carry weights, "drama:0.7|war:0.3", which
                 are the features' values.
-            on_bad: "error", or "skip": records of files that cannot be read are left out, and counted in `num_skipped`.
+            on_bad: "error", or "skip": records of files that cannot be read are left out and counted, in `num_skipped`
+                and a warning of the log "deepfm_ops". Of a file that is cut off so is the rest, of one that cannot be
+                read at all the whole, as one record. Columns that are missing or of another type are an error even so,
+                and in a table that you have so is every bad cell.
 
         Returns:
             self.
@@ -285,12 +288,15 @@ class FeatureDictionary:
         sketch = None if self.sketch_bytes is None else native.Sketch(self.sketch_bytes)
         learners = [Learner(field, self.keep_texts, sketch, self.min_count) for field in self.fields]
         counts, rows = np.array(self.vocabulary.counts), 0
-        reading = sources.Reading(source, self.needs(), on_bad, self.nonfinite)
+        reading = sources.Reading(source, self.needs(), on_bad, self.nonfinite, entries=self.entries(LONGEST))
         for table in reading.tables():
             rows += table.num_rows
             for learner in learners:
                 learner.see(table, self.vocabulary, counts, self.nonfinite, self.separator)
+        if rows == 0 and reading.bad.count:
+            raise ValueError(f"nothing can be read: {reading.bad.summary(0)}")
         self.num_skipped = reading.bad.count
+        reading.bad.report(rows)
         return learners, counts, rows
 
     def needs(self, label=False):
@@ -298,6 +304,11 @@ class FeatureDictionary:
         kinds = {"categorical": "text", "multivalued": "entries", "numeric": "numbers"}
         found = {field.name: kinds[field.kind] for field in self.fields}
         return found | ({self.label: "label"} if label else {})
+
+    def entries(self, longest=None):
+        """What `data.sources.Reading` has to know of the multi-valued columns; `longest`: where no max_length is."""
+        fields = [field for field in self.fields if field.kind == "multivalued"]
+        return {field.name: (self.separator, field.weighted, None if field.max_length else longest) for field in fields}
 
     def _require_fit(self):
         if not self.fields:
@@ -338,6 +349,7 @@ class FeatureDictionary:
                 parts.append(part)
                 unknown |= warned
             self.num_skipped = reading.bad.count
+            reading.bad.report(sum(len(part[0]) for part in parts))
             empty = np.zeros((0, self.num_columns))
             indices = np.concatenate([part[0] for part in parts] or [empty.astype(np.int64)])
             values = np.concatenate([part[1] for part in parts] or [empty.astype(np.float32)])
@@ -375,7 +387,7 @@ class FeatureDictionary:
         """The source as `data.sources.Reading`, with the labels if asked for."""
         from deepfm_ops.data import sources
 
-        return sources.Reading(source, self.needs(labels), on_bad, self.nonfinite, dictionaries=True)
+        return sources.Reading(source, self.needs(labels), on_bad, self.nonfinite, True, self.entries())
 
     def arrays(self, table, labels):
         """[indices, values] of a table that was read, and float32 labels [rows] if asked for."""
@@ -533,7 +545,7 @@ class FeatureDictionary:
             raise ValueError("its fields do not fit")
         if "slots" not in arrays:
             arrays = {**arrays, "slots": _slots(arrays)}
-        if len({len(arrays[name]) for name in DTYPES}) != 1:
+        if len({len(arrays.get(name)) for name in DTYPES}) != 1:  # get: their content is checked at its first use
             raise ValueError("its arrays are not equally long")
         loaded.vocabulary = Vocabulary(arrays, content["generation"], blocks)
         return loaded

@@ -57,16 +57,19 @@ def write(path, manifest, arrays):
 
 
 class _Arrays(dict):
-    """The arrays of a file, each checked when it is first asked for; the slots are checked as they are read."""
+    """The arrays of a file, each checked when it is first asked for; `get` gives one unchecked."""
 
-    def __init__(self, arrays, blocks, path):
+    def __init__(self, arrays, places, blocks, path):
         super().__init__(arrays)
-        self._unchecked, self._blocks, self._path = {name for name in arrays if name != "slots"}, blocks, path
+        self._unchecked = set(arrays)
+        self._places = places
+        self._blocks = blocks
+        self.path = path
 
     def __getitem__(self, name):
         if name in self._unchecked:
-            start = self.places[name]
-            check(self._blocks, start, start + super().__getitem__(name).nbytes, self._path)
+            start = self._places[name]
+            check(self._blocks, start, start + super().__getitem__(name).nbytes, self.path)
             self._unchecked.discard(name)
         return super().__getitem__(name)
 
@@ -115,6 +118,4 @@ def read(path):
         check(blocks, entry.header_offset, header_end, path)
         arrays[name] = container.array(content, entry)
         places[name] = arrays[name].ctypes.data - whole.ctypes.data
-    lazy = _Arrays(arrays, blocks, path)
-    lazy.places = places
-    return manifest, lazy, blocks
+    return manifest, _Arrays(arrays, places, blocks, path), blocks

@@ -175,7 +175,8 @@ class Learner:
         self.buckets = np.zeros(field.buckets or 0, np.int64)
         self.present, self.rows = 0, 0  # numbers with a value other than zero; numbers
         self.mean, self.squares = 0.0, 0.0
-        self.sample, self._random = np.zeros(0), np.random.default_rng((seed, field.number))
+        self.sample = np.zeros(0)
+        self._random = np.random.default_rng((seed, field.number))
 
     def see(self, table, vocabulary, counts, nonfinite, separator):
         """Counts a table's column; `counts` [size] are those of the values that the vocabulary knows."""

@@ -128,7 +128,9 @@ class Table:
         if array is not None and array.ndim >= 1 and array.size == len(array):
             return array.astype(np.float64).reshape(-1)
         found = self.cells(name)
-        return np.array([number(cell, self._what, name, row) for row, cell in enumerate(found)], np.float64)
+        return np.array(
+            [number(cell, self._what, name, row, self.prefix) for row, cell in enumerate(found)], np.float64
+        )
 
     def place(self, row):
         """Where a row is, for errors."""
@@ -193,7 +195,8 @@ class Table:
         splits = np.concatenate([[0], np.cumsum([len(entry) for entry in entries], dtype=np.int64)])
         values, kinds = texts.of_cells([value for entry in entries for value in entry], name, strict)
         if weighted:
-            per_value, values, weights, _ = split_entries(self, name, values, "\0", True)
+            row_of = np.repeat(np.arange(len(entries)), np.diff(splits))
+            per_value, values, weights, _ = split_entries(self, name, values, "\0", True, row_of)
             splits = per_value[splits]
             return splits.astype(np.int64), values, weights, kinds
         return splits.astype(np.int64), values, None, kinds
@@ -215,20 +218,43 @@ class Table:
                 entry = flat(cell)
             if entry is None:
                 if not cells.is_missing(cell):
-                    raise TypeError(f"column {name!r}: an entry must be a list or a string, got {cell!r} in row {row}")
+                    raise TypeError(
+                        f"column {name!r}: an entry must be a list or a string, got {cell!r} in {self.place(row)}"
+                    )
                 entry = []
             found.append([value for value in entry if not cells.is_missing(value)])
         return found
 
 
-def split_entries(table, name, column, separator, weighted):
-    """`Table.pieces` of a column of text."""
-    row_splits, pieces, weights, bad = column.split("" if separator is None else separator, weighted)
+class BadWeights(ValueError):
+    """An entry of a multi-valued column has a weight that is no number.
+
+    Attributes:
+        what: is wrong.
+        rows: function that gives all rows of such entries.
+
+    """
+
+    def __init__(self, place, what, rows):
+        super().__init__(f"{place}: {what}")
+        self.what, self.rows = what, rows
+
+
+def split_entries(table, name, column, separator, weighted, row_of=None):
+    """`Table.pieces` of a column of text; `row_of` are the rows of its cells, if these are values of entries."""
+    mark = "" if separator is None else separator
+    row_splits, pieces, weights, bad = column.split(mark, weighted)
     if bad >= 0:
-        raise ValueError(
-            f"column {name!r}, {table.place(bad)}: {column[bad]!r} has a weight that is no number; an entry is "
-            f"'value:weight{separator or ' '}value:weight'"
-        )
+
+        def rows():
+            given = [column[i] for i in range(len(column))]
+            found = [native.Column.of_list([text]).split(mark, True)[3] >= 0 for text in given]
+            return np.unique(np.flatnonzero(found) if row_of is None else row_of[np.flatnonzero(found)]).tolist()
+
+        pair = "value:weight"
+        what = f"{column[bad]!r} has a weight that is no number; an entry is '{pair}{separator or ' '}{pair}'"
+        row = bad if row_of is None else int(row_of[bad])
+        raise BadWeights(f"column {name!r}, {table.place(row)}", what, rows)
     return row_splits, pieces, weights, {"text"}
 
 
@@ -327,7 +353,7 @@ def flat(cell):
     return found
 
 
-def number(cell, what, name, row):
+def number(cell, what, name, row, prefix=""):
     """A cell as a float: NaN where it is missing, infinite for NaT, which marks no missing number, and huge integers.
 
     Raises TypeError for a cell that is no number, with its place.
@@ -343,7 +369,7 @@ def number(cell, what, name, row):
     except ValueError:
         pass
     dtype = f"dtype {np.asarray(cell).dtype}: " if what == "input" else ""
-    raise TypeError(f"{what} {name!r} must hold numbers, got {dtype}{cell!r} in row {row}")
+    raise TypeError(f"{what} {name!r} must hold numbers, got {dtype}{cell!r} in {prefix}row {row}")
 
 
 def _column(source, name):

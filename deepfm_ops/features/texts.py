@@ -1,5 +1,6 @@
 """Columns of tables as columns of canonical text, which the vocabulary reads; Arrow's are used where they lie."""
 
+import functools
 import sys
 
 import numpy as np
@@ -119,6 +120,11 @@ class Distinct:
         self.dictionary, self._ids = dictionary, None
         found = of_arrow(dictionary)
         self.texts = found[0] if found is not None and found[1] <= {"text"} else None
+
+    @functools.cached_property
+    def is_fine(self):
+        """Whether every text may be a category."""
+        return self.texts is not None and self.texts.first_bad() < 0
 
     def ids(self, vocabulary, number, unseen, threads):
         """int64 [n + 1], the indices of the texts, and 0 for what is missing."""

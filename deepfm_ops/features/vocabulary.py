@@ -3,6 +3,7 @@
 `csrc/tables/vocabulary.h` has the hash table; `plain` stands in for it where nothing was compiled.
 """
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -56,7 +57,8 @@ class Vocabulary:
 
     def __init__(self, arrays, generation=0, blocks=None):
         self._arrays, self.generation = arrays, generation
-        self._table = native.Table(arrays["slots"], blocks)
+        # Of a mapped file get checks nothing: the table checks what it looks up, against the blocks.
+        self._table = native.Table(arrays.get("slots"), blocks)
 
     @classmethod
     def empty(cls, keep_texts=True):
@@ -94,15 +96,26 @@ class Vocabulary:
 
     def find(self, column, texts, ids, values=None, unseen=0, threads=1):
         """Writes the index of each cell of a column to `ids`; returns how many cells are missing, and unknown."""
-        return self._table.find(column, texts, ids, values, unseen, threads)
+        with self._damage():
+            return self._table.find(column, texts, ids, values, unseen, threads)
 
     def id(self, column, text):
         """The index of a text, 0 if it is unknown."""
-        return self._table.id(column, text.encode("utf-8", "surrogatepass"))
+        with self._damage():
+            return self._table.id(column, text.encode("utf-8", "surrogatepass"))
 
     def count(self, counter, texts, counts):
         """Counts a column: known values in `counts`, others in the counter; the first bad row, or -1."""
-        return counter.add(texts, self._table if self.size > 1 else None, counts)[2]
+        with self._damage():
+            return counter.add(texts, self._table if self.size > 1 else None, counts)[2]
+
+    @contextlib.contextmanager
+    def _damage(self):
+        """Inside, what the table says of a damaged file is an error that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(f"{getattr(self._arrays, 'path', 'a file')}: {error}") from None
 
     def of(self, column):
         """The indices of a column, ascending."""

@@ -271,7 +271,7 @@ class ConfiguredModel(keras.Model):
             callbacks = epochs_.callback_list(self, callbacks, verbose, epochs, options["steps_per_epoch"])
         self.epoch_order, self.training_stream = None, stream
         try:
-            with _streaming(stream, validation_data):
+            with _streaming(self, stream, validation_data):
                 history = super().fit(
                     stream,
                     epochs=epochs,
@@ -363,7 +363,7 @@ class ConfiguredModel(keras.Model):
         return super().export(*args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
-        with _streaming(x):
+        with _streaming(self, x):
             return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
@@ -372,7 +372,7 @@ class ConfiguredModel(keras.Model):
         arrays = keras.tree.flatten(x) if isinstance(x, dict | list | tuple) else []
         if arrays and all(getattr(array, "shape", None) and array.shape[0] == 0 for array in arrays):
             return np.zeros((0, 1), np.float32)
-        with _streaming(x):
+        with _streaming(self, x):
             return super().predict(x, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
@@ -419,11 +419,18 @@ class ConfiguredModel(keras.Model):
 
 
 @contextlib.contextmanager
-def _streaming(*inputs):
-    """Inside, streams raise their own errors, and Keras does not warn at the end of passes of unknown length."""
+def _streaming(model, *inputs):
+    """Inside, streams raise their own errors, and Keras does not warn at the end of passes of unknown length.
+
+    Raises:
+        ValueError: a stream of features that are not the model's.
+
+    """
     with contextlib.ExitStack() as stack:
         for stream in inputs:
             if isinstance(stream, Stream):
+                fitting(model, stream.features)
+                stream.check_labels(*LABELS[model.plan.task], BAD_LABEL[model.plan.task].split(" is ", 1)[1])
                 stack.enter_context(stream.raising())
         if any(isinstance(x, Stream) for x in inputs):
             stack.enter_context(warnings.catch_warnings())
