@@ -231,7 +231,8 @@ class Blocks:
         _check("sums", sums, np.uint64)
         if len(sums) != -(-len(content) // BLOCK):
             raise ValueError("one sum per block is needed")
-        self.content, self._sums, self._good = content, sums, set()
+        self.content = content
+        self._sums, self._good = sums, set()
 
     def good(self, at):
         block = at // BLOCK
