@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import sysconfig
+import warnings
 
 import keras
 import numpy as np
@@ -362,3 +363,74 @@ def test_parity_on_the_demo(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
         np.testing.assert_allclose(scorer.score(indices, values), got, rtol=0, atol=1e-6)
         assert abs(demo.auc(labels, got) - demo.auc(labels, expected)) < 1e-3
+
+
+EVERYTHING = {
+    "city": ["Rome", "Oslo", "Rome", "Bern", "Rome", "Oslo", None, "Rome"],
+    "user": [7, 8, 7, 7, 9, 8, 7, 8],
+    "share": [0.5, 1.0, 0.5, 0.25, 0.5, 1.0, 0.5, 1.0],
+    "flag": [True, False, True, True, False, True, True, False],
+    "device": ["a", "b", "c", "d", "e", "f", "g", None],
+    "price": [0.0, 10.0, 100.0, -5.0, 3.0, np.nan, 8.0, 1e6],
+    "age": [20.0, 30.0, 40.0, np.nan, 25.0, 35.0, 50.0, 60.0],
+    "hour": [0.0, 1.0, 2.0, 3.0, np.nan, 5.0, 6.0, 7.0],
+    "tags": ["x|y", "y", "", "x|y|z|w", "z", "x", "y|x", "x"],
+    "genres": ["drama:0.7|war:0.3", "war", "", "drama:2", "war:0.5|new:0.5", "drama", "war", "drama"],
+    "words": ["p|q", "q", "", "r|s|t", "p", "p", "q", "r"],
+}
+UNSEEN = {
+    "city": ["Paris", None, "Rome"],
+    "user": [7, 1000, 8],
+    "share": [0.75, 0.5, np.nan],
+    "flag": [True, False, True],
+    "device": ["zz", "a", None],
+    "price": [np.nan, 7.5, -1e3],
+    "age": [33.0, np.nan, 1.0],
+    "hour": [-5.0, 2.5, 100.0],
+    "tags": ["x|unseen", "unseen", "w|z|y|x"],
+    "genres": ["new:3|drama:0.25", "unseen:1", "war:1|drama:1"],
+    "words": ["new|p", "", "a|b|c|d"],
+}
+
+
+@pytest.mark.parametrize("min_count", [1, 2], ids=["", "with a row for the unseen"])
+def test_every_encoding_of_a_dictionary(min_count, tmp_path):
+    """Transforms, buckets, weights, rows for what is rare: the same in training, SavedModel and scorer."""
+    features = FeatureDictionary(min_count).fit(
+        EVERYTHING,
+        categorical=["city", "user", "share", "flag"],
+        numeric={"price": "log1p", "age": "standardize", "hour": "quantiles"},
+        multivalued=["tags", "genres", "words"],
+        hash_buckets={"device": 5, "words": 7},
+        max_length={"tags": 2, "words": 3},
+        weighted="genres",
+    )
+    model = DeepFM.from_features(features, embedding_dim=4, hidden_units=(8,), seed=1)
+    for weight in model.trainable_weights:
+        weight.assign(np.random.default_rng(1).normal(size=weight.shape) / 3)
+    deepfm_ops.export(model, tmp_path / "saved")
+    deepfm_ops.export_scorer(model, tmp_path / "m.scorer")
+    model.save(tmp_path / "m.keras")
+    serve = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"]
+    for table in (EVERYTHING, UNSEEN):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inputs = features.transform(table)
+            expected = model.predict(inputs, verbose=0)
+            np.testing.assert_allclose(
+                Scorer.load(tmp_path / "m.scorer").score(table), expected[:, 0], rtol=1e-5, atol=1e-6
+            )
+            loaded = keras.models.load_model(tmp_path / "m.keras")
+            for a, b in zip(loaded.features.transform(table), inputs, strict=True):
+                np.testing.assert_array_equal(a, b)
+        types = {"user": tf.int64, "flag": tf.int64, "share": tf.float64, "price": tf.float32, "age": tf.float32}
+        types["hour"] = tf.float32
+        given = {
+            name: tf.constant(
+                ["" if x is None else x for x in column] if name not in types else column, types.get(name)
+            )
+            for name, column in table.items()
+            if name != "flag"
+        }
+        given["flag"] = tf.constant([int(x) for x in table["flag"]], tf.int64)
+        np.testing.assert_allclose(serve(**given)["score"], expected, rtol=1e-4, atol=1e-5)
