@@ -262,7 +262,8 @@ class TextTable:
         # A record of another length, a quote, or an empty line. To pyarrow a carriage return is a line's end, and a
         # quote may be open at the end of the last one.
         last = content[content.rfind(BREAK, 0, -1) + 1 :].rstrip(b"\r\n")
-        is_whole = content.count(b"\r") == content.count(b"\r\n") and _whole(form).fullmatch(last)
+        returns_are_ends = b"\r" not in content or content.count(b"\r") == content.count(b"\r\n")
+        is_whole = returns_are_ends and _whole(form).fullmatch(last)
         if table is None or table.num_rows != lines or not is_whole:
             content = self._without_bad_lines(content, form, reading.bad)
             table = self._split(content, form, reading.needs, max(BLOCK, len(content) + 1)) if content else None
