@@ -11,6 +11,8 @@
 namespace deepfm {
 namespace {
 
+constexpr double kLargestWeight = 4294967296.0;  // as of every number: features/cells.py says why
+
 bool IsBlank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 // Most numbers of a log are short and have no exponent: digits that fit a double exactly are one division away.
@@ -64,8 +66,11 @@ Pieces Split(const Texts& texts, const std::string& separator, bool weighted) {
         double weight = 1;
         for (const char* colon = stop; colon-- > p;) {
           if (*colon != ':') continue;
-          if (ReadNumber(colon + 1, stop - colon - 1, &weight) != Spelled::kNumber && found.bad_row < 0)
-            found.bad_row = row;
+          if (ReadNumber(colon + 1, stop - colon - 1, &weight) != Spelled::kNumber ||
+              std::abs(weight) > kLargestWeight) {
+            weight = 1;
+            if (found.bad_row < 0) found.bad_row = row;
+          }
           last = colon;
           break;
         }

@@ -113,6 +113,9 @@ class PairFeatures:
 
     # What a stream asks for.
 
+    def fingerprint(self):
+        return f"{self.num_features} of {len(self.field_sizes)} fields"
+
     def reading(self, source, labels, on_bad):
         return _Reading(self, source, on_bad)
 

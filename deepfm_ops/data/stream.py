@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import os
 import queue
 import threading
@@ -19,7 +20,7 @@ import numpy as np
 
 from deepfm_ops.features.vocabulary import native
 
-FIXED = ("files", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
+FIXED = ("files", "features", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
 
 
 class Stream:
@@ -68,6 +69,9 @@ class Stream:
         shuffle_rows=1 << 17,
         threads=None,
     ):
+        self._options = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "shard": shard, "labels": labels}
+        self._options |= {"drop_remainder": drop_remainder, "on_bad": on_bad, "shuffle_rows": shuffle_rows}
+        self._options |= {"threads": threads}
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
         if shuffle not in (True, False, "rows"):
@@ -96,13 +100,16 @@ class Stream:
         self._fingerprint = None if self._reading.files is None else self._reading.files.fingerprint()
         self._pieces = None
         self.epoch, self._batch, self._rows, self._at = 0, 0, 0, (0, 0, 0)
-        self._next, self._is_used_up, self.error = 0, False, None
+        self._is_used_up, self.error = False, None
         # {(epoch, batch): the position after it}, of batches that were handed out and wait to be trained on.
         self._handed, self._endless, self.is_at_end = None, False, False
         self._lengths = {}  # batches of each pass that was read to its end
 
     def _open(self):
         return self.features.reading(self._source, self.has_labels, self._on_bad)
+
+    def __reduce__(self):
+        return _opened, (self.features, self._source, self._options, self.state())
 
     @property
     def num_skipped(self):
@@ -130,6 +137,7 @@ class Stream:
     def _fixed(self):
         return {
             "files": self._fingerprint,
+            "features": self.features.fingerprint(),
             "batch_size": self.size,
             "shuffle": self.shuffle,
             "seed": self.seed,
@@ -221,25 +229,31 @@ class Stream:
                 self._move(at, rows)
             yield batch
 
-    def batches(self):
-        """The batches of a pass, or without an end, for Keras; one call after the other has later passes."""
-        while True:
-            epoch = max(self.epoch, self._next)
-            first, at = (self._batch, self._at) if epoch == self.epoch else (0, (0, 0, 0))
-            number, bad = first, self._reading.bad
-            try:
-                for number, (batch, after, rows) in enumerate(self._pass(epoch, first, at), first + 1):
-                    if self._handed is not None:
-                        self._handed[epoch, number] = after, rows
+    def batches(self, after=0):
+        """The batches for Keras: of training from the position on, of everything else a whole pass.
+
+        Args:
+            after: passes that were taken before, where nobody tracks them.
+
+        """
+        is_training = self._handed is not None
+        epoch, first, at = (self.epoch, self._batch, self._at) if is_training else (self.epoch + after, 0, (0, 0, 0))
+        bad = self._reading.bad
+        try:
+            while True:
+                number = first
+                for number, (batch, position, rows) in enumerate(self._pass(epoch, first, at), first + 1):
+                    if is_training and self._handed is not None:
+                        self._handed[epoch, number] = position, rows
                     yield batch
-                if number == 0:  # of which Keras says nothing
-                    raise ValueError(f"there is no record for a batch of {self.size}. {bad.summary(0)}")
-            except Exception as error:  # for `raising`: of TensorFlow's it is a text only
-                self.error = error
-                raise
-            self._next = epoch + 1
-            if not self._endless:
-                return
+                if number == 0:  # of which Keras says nothing, or waits for ever
+                    raise ValueError(f"there is no record for a batch of {self.size}. {bad.summary(0)}".strip())
+                if not self._endless:
+                    return
+                epoch, first, at = epoch + 1, 0, (0, 0, 0)
+        except Exception as error:  # for `raising`: of TensorFlow's it is a text only
+            self.error = error
+            raise
 
     def _pass(self, epoch, first, at):
         """(batch, position after it, rows) from a position in a pass; the last one is known to be when it is given."""
@@ -355,6 +369,8 @@ class Stream:
                 order = np.random.default_rng((self.seed, epoch)).permutation(len(pieces))
             if self._by_piece:
                 order = order[self.shard[0] :: self.shard[1]]
+            if first > len(order):
+                raise ValueError(f"the position is in piece {first}, and the source has {len(order)}")
             named = ((number, pieces[piece]) for number, piece in enumerate(order[first:], first))
         else:
             named = ((number, piece) for number, piece in enumerate(pieces) if number >= first)
@@ -400,7 +416,9 @@ class Stream:
         columns = self.features.num_columns
         inputs = (tf.TensorSpec((None, columns), tf.int64), tf.TensorSpec((None, columns), tf.float32))
         signature = (inputs, tf.TensorSpec((None,), tf.float32)) if self.has_labels else (inputs,)
-        return tf.data.Dataset.from_generator(self.batches, output_signature=signature).prefetch(2)
+        passes = itertools.count()
+        batches = lambda: self.batches(next(passes))  # noqa: E731
+        return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2)
 
     # What Keras asks of a data adapter; see `stream_class`.
 
@@ -436,6 +454,13 @@ class Stream:
 
 def _length(rows):
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _opened(features, source, options, state):
+    """A stream that was pickled."""
+    stream = stream_class()(features, source, **options)
+    stream.restore(state)
+    return stream
 
 
 @functools.cache

@@ -240,6 +240,7 @@ class FeatureDictionary:
         fresh = copy.copy(self)
         learners, counts, rows = fresh._see(source, on_bad)
         values, seen = [], counts != self.vocabulary.counts
+        fresh.fields = [learner.updated() for learner in learners]
         for field, learner in zip(self.fields, learners, strict=True):
             if field.has_values:
                 found, rest = learner.values()
@@ -382,6 +383,10 @@ class FeatureDictionary:
         return self.fit(df, **columns).transform(df)
 
     # What a stream asks for.
+
+    def fingerprint(self):
+        """A text that another dictionary, or this one after an update, does not have."""
+        return f"{self.num_features} of {self.num_fields} columns, update {self.vocabulary.generation}"
 
     def reading(self, source, labels, on_bad):
         """The source as `data.sources.Reading`, with the labels if asked for."""
@@ -621,7 +626,7 @@ def _names(kind, names):
         return [names]
     if not isinstance(names, Iterable):
         raise TypeError(f"{kind} must be a name or a list of names, got {names!r}")
-    return list(names)
+    return [name.item() if isinstance(name, np.generic) else name for name in names]
 
 
 def _check_names(names, label):

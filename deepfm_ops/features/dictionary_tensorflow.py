@@ -17,6 +17,8 @@ class DictionaryEncoder(tf.Module):
         self.specs, self.tables = [], []
         for field in features.fields:
             dtype, table = (tf.float32 if field.kind == "numeric" else tf.string), None
+            if field.transform in ("quantiles", "standardize"):  # float32 would be on another side of a boundary
+                dtype = tf.float64
             if field.has_values:
                 dtype, keys, indices = _keys(field, features.vocabulary, features.separator)
                 if len(indices):
@@ -59,13 +61,13 @@ class DictionaryEncoder(tf.Module):
         start = tf.constant(field.start, tf.int64)
         if field.transform == "quantiles":
             bucket = tf.searchsorted(tf.constant(field.boundaries, tf.float64), tf.cast(x, tf.float64), side="right")
-            index, value = start + tf.cast(bucket, tf.int64), tf.ones_like(x)
+            index, value = start + tf.cast(bucket, tf.int64), tf.ones_like(x, tf.float32)
         else:
             index, value = tf.fill(tf.shape(x), start), x
         if field.transform == "log1p":
             value = tf.sign(x) * tf.math.log1p(tf.abs(x))
         elif field.transform == "standardize":
-            value = tf.cast((tf.cast(x, tf.float64) - field.mean) / field.deviation, tf.float32)
+            value = tf.cast((x - field.mean) / field.deviation, tf.float32)
         return tf.where(known, index, 0)[:, tf.newaxis], tf.where(known, value, 0.0)[:, tf.newaxis]
 
     def _usable(self, name, x):

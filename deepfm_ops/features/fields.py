@@ -257,6 +257,12 @@ class Learner:
             field.boundaries = np.unique(inner).tolist()
         return field
 
+    def updated(self):
+        """The field after an update: what its categories come as may have changed."""
+        if self.field.kind != "categorical":
+            return self.field
+        return dataclasses.replace(self.field, dtype=dtype_of(self.kinds | {self.field.dtype}))
+
     def values(self):
         """The values that occurred often enough, and how many occurrences the others had."""
         found = Values(self.field.number, *self.counter.finish(self.least))

@@ -185,7 +185,7 @@ class Column:
                 if weighted and b":" in piece:
                     piece, _, spelled = piece.rpartition(b":")
                     weight = _number(spelled)
-                    if weight is None or weight != weight:
+                    if weight is None or not abs(weight) <= 2.0**32:  # as of every number: cells.py says why
                         weight, bad = 1.0, row if bad < 0 else bad
                 if piece:
                     pieces.append(piece)

@@ -19,7 +19,7 @@ SLOT = np.dtype([("key", "<u8"), ("id", "<u4"), ("count", "<u4")])
 DTYPES = {
     "columns": "<u2",  # the number of its field, from 1 on; 0: of index 0, and of one that was freed
     "counts": "<i8",  # how often it occurred
-    "seen": "<i4",  # the generation that saw it last
+    "seen": "<i4",  # the generation, of `fit` (0) or an update, that saw it last
     "changed": "<i4",  # the generation that gave it to its value, or freed it
     "text_starts": "<u8",  # where its text stands; NO_TEXT: it has none
     "text_sizes": "<u2",
@@ -50,7 +50,7 @@ class Vocabulary:
 
     Args:
         arrays: {name: array [size]} of DTYPES, "texts" (uint8, or missing: they were not kept) and "slots".
-        generation: number of the last fit (0), update or eviction.
+        generation: number of the last update; 0 of `fit`.
         blocks: what checks the mapped file in which the slots lie, or None.
 
     """
@@ -219,17 +219,24 @@ class Vocabulary:
         return Vocabulary(arrays, self.generation), self.size
 
     def without(self, ids):
-        """A vocabulary of the next generation, with indices freed."""
-        arrays, generation = {name: np.array(self._arrays[name]) for name in DTYPES}, self.generation + 1
+        """The vocabulary with indices freed; that changes them for the next generation."""
+        arrays = {name: np.array(self._arrays[name]) for name in DTYPES}
         for name, value in (("columns", 0), ("counts", 0), ("text_starts", NO_TEXT), ("text_sizes", 0)):
             arrays[name][ids] = value
-        arrays["changed"][ids] = generation
+        arrays["changed"][ids] = self.generation + 1
         kept = self._taken_slots()
         kept = kept[arrays["columns"][kept["id"]] != 0]
         arrays["slots"] = native.slots(np.ascontiguousarray(kept["key"]), np.ascontiguousarray(kept["id"]))
         if self.keeps_texts:
             arrays["texts"] = _packed(arrays, self._arrays["texts"])
-        return Vocabulary(arrays, generation)
+        return Vocabulary(arrays, self.generation)
+
+    def keys(self):
+        """uint64 [size]: the key of each index that has one, else 0."""
+        known = self._taken_slots()
+        keys = np.zeros(self.size, np.uint64)
+        keys[known["id"]] = known["key"]
+        return keys
 
     def _taken_slots(self):
         slots = self._arrays["slots"].view(SLOT)

@@ -209,13 +209,19 @@ class ConfiguredModel(keras.Model):
         training. Where the optimizer keeps averages, they are validated and stopped on, and are the weights afterwards.
         """
         if isinstance(x, Stream):
+            others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
+            _refuse_beside_stream(**others, validation_split=validation_split or None)
+            if validation_data is x:
+                raise ValueError("validation_data must be a stream of its own: both would move the one position")
+            if isinstance(validation_data, list | tuple):
+                x_validation, y_validation, *rest = validation_data
+                validation_data = (self._as_inputs(x_validation), self._targets(y_validation), *rest)
             return self._fit_stream(
                 x,
                 self._as_inputs(validation_data),
                 callbacks,
                 epochs,
                 verbose,
-                class_weight=class_weight,
                 initial_epoch=initial_epoch,
                 steps_per_epoch=steps_per_epoch,
                 validation_steps=validation_steps,
@@ -265,6 +271,9 @@ class ConfiguredModel(keras.Model):
         return history
 
     def _fit_stream(self, stream, validation_data, callbacks, epochs, verbose, **options):
+        for some in (stream, validation_data):
+            if isinstance(some, Stream) and not some.has_labels:
+                raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
         stream.track(endless=options["steps_per_epoch"] is not None)
         callbacks = epochs_.with_first(callbacks, epochs_.StreamCallback(stream))
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -363,6 +372,10 @@ class ConfiguredModel(keras.Model):
         return super().export(*args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
+        if isinstance(x, Stream):
+            _refuse_beside_stream(y=y, batch_size=args[0] if args else None, sample_weight=kwargs.get("sample_weight"))
+            if not x.has_labels:
+                raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
         with _streaming(self, x):
             return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
 
@@ -416,6 +429,12 @@ class ConfiguredModel(keras.Model):
         fine = tf.logical_not(tf.reduce_any(bad))
         with tf.control_dependencies(arguments.require(fine, BAD_LABEL[self.plan.task], shown)):
             return tf.identity(y)
+
+
+def _refuse_beside_stream(**arguments):
+    for name, given in arguments.items():
+        if given is not None:
+            raise ValueError(f"{name} must be left out: a stream has its labels, its batches and its rows")
 
 
 @contextlib.contextmanager

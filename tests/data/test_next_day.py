@@ -104,6 +104,8 @@ def test_evict():
         features.name(2) == ("a", "newer") and features.name(3) == ("a", "new") and features.index("a", "newest") == 5
     )
     assert features.index("a", "y") == 0, "a value that was freed comes back as another"
+    features = FeatureDictionary().fit({"a": ["A", "B", "C"]}, categorical="a").update({"a": ["A", "C"]})
+    assert (features.evict(1), features.evict(1)) == (1, 0), "evictions are no updates"
     for wrong in (0, -1, 1.5, None):
         with pytest.raises(ValueError, match="unused_for must be a number of updates from 1 on"):
             features.evict(wrong)
@@ -171,12 +173,31 @@ def test_rows_of_evicted_values_are_fresh():
             np.testing.assert_array_equal(new.numpy()[freed], other.numpy()[freed])
 
 
+def test_an_update_with_other_types(tmp_path):
+    for first, later in (([True, False], ["maybe"]), ([0.5, 1.5], ["maybe"]), ([3, 4], ["x", 0.5])):
+        features = FeatureDictionary().fit({"b": first}, categorical="b")
+        model = make(features)
+        features.update({"b": later})
+        model.resize(features)
+        deepfm_ops.export(model, tmp_path / "saved")
+        serve = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"]
+        texts = [features.name(i)[1] for i in range(1, features.num_features)]
+        expected = model.predict(features.transform({"b": texts}), verbose=0)
+        np.testing.assert_allclose(serve(b=tf.constant(texts))["score"], expected, rtol=1e-5)
+
+
 def test_features_that_were_fitted_again_are_refused():
     features = FeatureDictionary().fit(day(0), **COLUMNS)
     model = make(features)
     for other in (FeatureDictionary().fit(day(3), **COLUMNS), FeatureDictionary().fit(day(0), categorical="user")):
         with pytest.raises(ValueError, match="features are not the model's after `update` or `evict`"):
             model.resize(other)
+    of_texts = [
+        FeatureDictionary().fit({"id": [f"{i:08x}" for i in range(start, start + 50)]}, categorical="id")
+        for start in (0, 500)
+    ]
+    with pytest.raises(ValueError, match="features are not the model's"):  # of equally long texts
+        make(of_texts[0]).resize(of_texts[1])
     features.update(day(1))
     later = make(features)
     with pytest.raises(ValueError, match="features are not the model's"):

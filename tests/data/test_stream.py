@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import random
 import signal
 import subprocess
@@ -361,3 +362,46 @@ def test_killed_at_random_moments(folder, learnable, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert end_of(start(tmp_path / "killed")) == straight
+
+
+def test_whatever_was_done_with_a_stream_it_trains_on(learnable, frame):
+    """Evaluating and predicting are whole passes, which move nothing; a fit that ended early is gone on with."""
+    model, stream = make(learnable), learnable.stream(frame, 100)
+    state = stream.state()
+    assert len(model.predict(stream, verbose=0)) == ROWS and stream.state() == state
+    before = model.evaluate(stream, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(stream, verbose=0, callbacks=[Stop(9)])
+    assert stream.batch == 9 and len(model.predict(stream, verbose=0)) == ROWS
+    model.fit(stream, verbose=0)
+    assert (stream.epoch, stream.batch) == (1, 0)
+    model.fit(stream, verbose=0, epochs=3)
+    stream.restore(state)
+    model.fit(stream, verbose=0)
+    model.fit(stream, verbose=0, steps_per_epoch=9)
+    model.fit(stream, verbose=0, steps_per_epoch=9)
+    assert (stream.epoch, stream.batch) == (2, 8) and len(before) == 2
+    again = pickle.loads(pickle.dumps(stream))
+    assert again.state() == stream.state() and same(again, stream)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, s: m.fit(s, y=np.ones(3)), "y must be left out"),
+        (lambda m, s: m.fit(s, batch_size=3), "batch_size must be left out"),
+        (lambda m, s: m.fit(s, class_weight={0: 1, 1: 2}), "class_weight must be left out"),
+        (lambda m, s: m.fit(s, validation_split=0.5), "validation_split must be left out"),
+        (lambda m, s: m.fit(s, validation_data=s), "validation_data must be a stream of its own"),
+        (lambda m, s: m.evaluate(s, sample_weight=np.ones(3)), "sample_weight must be left out"),
+        (lambda m, s: m.fit(m.features.stream(s._source, 9, labels=False)), "the stream has no labels"),
+        (lambda m, s: m.fit(m.features.stream(s._source, 2000, drop_remainder=True)), "there is no record for a batch"),
+        (
+            lambda m, s: m.fit(m.features.stream(s._source, 2000, drop_remainder=True), steps_per_epoch=2),
+            "there is no record for a batch",
+        ),
+    ],
+)
+def test_what_a_stream_has_not_beside_it(call, message, learnable, frame):
+    with pytest.raises(ValueError, match=message):
+        call(make(learnable), learnable.stream(frame, 100))

@@ -141,11 +141,11 @@ def test_splitting(rng):
 
 
 def test_weights():
-    good = ["a:0.5|b:c:-2|d|:3|e: +1e3 |f:1e60", None, "g:inf|h:5."]
+    good = ["a:0.5|b:c:-2|d|:3|e: +1e3 |f:4294967296", None, "g:1e-60|h:5."]
     row_splits, pieces, weights, bad = same(lambda side: side.Column.of_list(good).split("|", True))
     assert read(pieces) == [b"a", b"b:c", b"d", b"e", b"f", b"g", b"h"] and row_splits.tolist() == [0, 5, 5, 7]
-    assert weights.tolist() == [0.5, -2, 1, 1000, np.inf, np.inf, 5] and bad == -1
-    for spelled in ("", "x", "nan", "NA", "1x", "1_0", "0x1", "-"):
+    assert weights.tolist() == [0.5, -2, 1, 1000, 2**32, 0, 5] and bad == -1
+    for spelled in ("", "x", "nan", "NA", "1x", "1_0", "0x1", "-", "inf", "-inf", "1e60", "4294967297"):
         cells = ["a:1", f"a:2|b:{spelled}|c:3", "d:bad"]
         _, pieces, weights, bad = same(lambda side: side.Column.of_list(cells).split("|", True))
         assert bad == 1 and read(pieces) == [b"a", b"a", b"b", b"c", b"d"] and weights.tolist() == [1, 2, 1, 3, 1]

@@ -157,8 +157,11 @@ void BytesCase(const char* where) {
       double weight = 1;
       const size_t colon = name.rfind(':');
       if (weighted && colon != name.npos) {
-        if (ReadNumber(&name[colon + 1], name.size() - colon - 1, &weight) != Spelled::kNumber && bad_row < 0)
-          bad_row = row;
+        const Spelled spelled = ReadNumber(&name[colon + 1], name.size() - colon - 1, &weight);
+        if (spelled != Spelled::kNumber || std::abs(weight) > 4294967296.0) {
+          weight = 1;
+          if (bad_row < 0) bad_row = row;
+        }
         name.resize(colon);
       }
       if (name.empty()) continue;

@@ -423,8 +423,8 @@ def test_every_encoding_of_a_dictionary(min_count, tmp_path):
             loaded = keras.models.load_model(tmp_path / "m.keras")
             for a, b in zip(loaded.features.transform(table), inputs, strict=True):
                 np.testing.assert_array_equal(a, b)
-        types = {"user": tf.int64, "flag": tf.int64, "share": tf.float64, "price": tf.float32, "age": tf.float32}
-        types["hour"] = tf.float32
+        types = {"user": tf.int64, "flag": tf.int64, "share": tf.float64, "price": tf.float32, "age": tf.float64}
+        types["hour"] = tf.float64
         given = {
             name: tf.constant(
                 ["" if x is None else x for x in column] if name not in types else column, types.get(name)
