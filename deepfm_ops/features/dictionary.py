@@ -613,7 +613,7 @@ class FeatureDictionary:
             if dictionary_file.is_one(path):
                 loaded = cls.from_state(*dictionary_file.read(path))
                 # Whatever is done once is done now, and not in a server's first request.
-                loaded.encode({field.name: None for field in loaded.fields})
+                loaded.transform({field.name: None for field in loaded.fields})
                 return loaded
             return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
