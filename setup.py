@@ -125,6 +125,7 @@ TEST = [
     "pyarrow",
     "matplotlib",
     "moto[server]",
+    "fsspec",
     *SERVE,
     *LINT,
     "auditwheel",

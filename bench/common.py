@@ -88,3 +88,13 @@ def machine():
     models = [line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     model = models[0] if models else platform.processor()
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def target_table(targets):
+    """Lines of a table of (what, goal, measured or None, whether less is better)."""
+    yield "| what | target | measured | |"
+    yield "|---|---|---|---|"
+    for what, goal, got, less in targets:
+        met = "" if got is None else "met" if (got <= goal if less else got >= goal) else "**missed**"
+        measured = "not measured" if got is None else f"{got:.3g}"
+        yield f"| {what} | {'<=' if less else '>='} {goal:g} | {measured} | {met} |"

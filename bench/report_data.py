@@ -5,7 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from common import statistics
+from common import statistics, target_table
 from data import FORMATS, OURS, SLOW
 
 POLARS, SKLEARN = "polars Enum", "libsvm, scikit-learn"
@@ -78,15 +78,6 @@ def targets(report):
 def _share(found, kind, of=STEPS[0]):
     """Median over the rounds of the share that a kind reaches of another's rows per second."""
     return float(np.median(np.divide(found["rates"][kind], found["rates"][of])))
-
-
-def _target_table(report):
-    yield "| what | target | measured | |"
-    yield "|---|---|---|---|"
-    for what, goal, got, less in targets(report):
-        met = "" if got is None else "met" if (got <= goal if less else got >= goal) else "**missed**"
-        measured = "not measured" if got is None else f"{got:.3g}"
-        yield f"| {what} | {'<=' if less else '>='} {goal:g} | {measured} | {met} |"
 
 
 def _losing(report):
@@ -218,7 +209,7 @@ def lines(report, folder):
         "method was written anew, without its second process. x: their CPU time over ours, from the file on.",
         f"{', '.join(SLOW)} ran on the smallest file only.",
         "",
-        *_target_table(report),
+        *target_table(targets(report)),
         "",
         "### Who needs less than we do, from the file on",
         "",

@@ -4,6 +4,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common import target_table
 
 OURS, PREDICT = "Scorer float32", "Keras predict"
 TITLES = {
@@ -46,15 +47,6 @@ def targets(report):
     for table in TABLES:
         first = report["first score"].get(f"Scorer {table}", {})
         yield f"first score, V=10,000,000, {table}, worst start: seconds", 1, first.get("worst"), True
-
-
-def _target_table(report):
-    yield "| what | target | measured | |"
-    yield "|---|---|---|---|"
-    for what, goal, got, less in targets(report):
-        met = "" if got is None else "met" if (got <= goal if less else got >= goal) else "**missed**"
-        measured = "not measured" if got is None else f"{got:.3g}"
-        yield f"| {what} | {'<=' if less else '>='} {goal:g} | {measured} | {met} |"
 
 
 def _losing(models):
@@ -142,7 +134,7 @@ def lines(report, folder):
         "call starts with ready inputs (tensors where the side takes tensors) and ends with scores in NumPy; samples/s",
         "are those of the median call. Off by: the largest difference from the Keras model over 32768 samples.",
         "",
-        *_target_table(report),
+        *target_table(targets(report)),
         "",
         "### Who is faster than the scorer with float32 tables",
         "",

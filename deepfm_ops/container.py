@@ -1,6 +1,7 @@
 """A zip of a JSON manifest and uncompressed .npy arrays, used where they lie; `numpy.load` reads it too."""
 
 import io
+import os
 import struct
 import zipfile
 
@@ -27,6 +28,13 @@ def write_array(archive, name, array):
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     write_entry(archive, f"{name}.npy", array.reshape(-1).view(np.uint8).data, header.getvalue())
+
+
+def seal(file, text):
+    """Makes a text the zip's comment, the last bytes of the file; up to there all of it was covered by a digest."""
+    comment = text.encode()
+    file.seek(-2, os.SEEK_END)  # the length of the comment, which was none
+    file.write(struct.pack("<H", len(comment)) + comment)
 
 
 def data_start(content, entry):

@@ -63,16 +63,43 @@ class Column {
     }
   }
 
+ private:
+  // Cells one after the other, to a column of its own memory; a cell that nothing was appended to is missing.
+  class Packer {
+   public:
+    explicit Packer(py::ssize_t count) : offsets_(count + 1), validity_((count + 7) / 8) {
+      offset_ = offsets_.mutable_data();
+      bits_ = validity_.mutable_data();
+      std::fill_n(bits_, validity_.size(), 0);
+      offset_[0] = 0;
+    }
+    void Append(py::ssize_t i, const char* text, py::ssize_t size) {
+      data_.append(text, size);
+      bits_[i >> 3] |= 1 << (i & 7);
+    }
+    void End(py::ssize_t i) { offset_[i + 1] = static_cast<int64_t>(data_.size()); }
+    std::unique_ptr<Column> Pack() const {
+      const py::array_t<uint8_t> bytes(static_cast<py::ssize_t>(data_.size()),
+                                       reinterpret_cast<const uint8_t*>(data_.data()));
+      const py::ssize_t count = offsets_.size() - 1;
+      const py::array starts(offsets_.dtype(), {count}, {sizeof(int64_t)}, offsets_.data(), offsets_);
+      const py::array ends(offsets_.dtype(), {count}, {sizeof(int64_t)}, offsets_.data() + 1, offsets_);
+      return std::make_unique<Column>(starts, ends, bytes, validity_, 0, false);
+    }
+
+   private:
+    std::string data_;
+    py::array_t<int64_t> offsets_;
+    py::array_t<uint8_t> validity_;
+    int64_t* offset_;
+    uint8_t* bits_;
+  };
+
+ public:
   // Packs cells: str, bytes, or None, which is missing.
   static std::unique_ptr<Column> OfList(const py::list& cells) {
-    std::string data;
     const py::ssize_t count = static_cast<py::ssize_t>(cells.size());
-    py::array_t<int64_t> offsets(count + 1);
-    py::array_t<uint8_t> validity((count + 7) / 8);
-    int64_t* offset = offsets.mutable_data();
-    uint8_t* bits = validity.mutable_data();
-    std::fill_n(bits, validity.size(), 0);
-    offset[0] = 0;
+    Packer packer(count);
     for (py::ssize_t i = 0; i < count; ++i) {
       PyObject* cell = PyList_GET_ITEM(cells.ptr(), i);
       if (cell != Py_None) {
@@ -85,7 +112,7 @@ class Column {
             const py::bytes odd =
                 py::reinterpret_steal<py::bytes>(PyUnicode_AsEncodedString(cell, "utf-8", "surrogatepass"));
             if (!odd) throw py::error_already_set();
-            data.append(PyBytes_AS_STRING(odd.ptr()), PyBytes_GET_SIZE(odd.ptr()));
+            packer.Append(i, PyBytes_AS_STRING(odd.ptr()), PyBytes_GET_SIZE(odd.ptr()));
           }
         } else if (PyBytes_Check(cell)) {
           text = PyBytes_AS_STRING(cell);
@@ -94,12 +121,11 @@ class Column {
           throw py::type_error("cell " + std::to_string(i) + " must be str, bytes or None, got " +
                                std::string(Py_TYPE(cell)->tp_name));
         }
-        if (text) data.append(text, size);
-        bits[i >> 3] |= 1 << (i & 7);
+        if (text) packer.Append(i, text, size);
       }
-      offset[i + 1] = static_cast<int64_t>(data.size());
+      packer.End(i);
     }
-    return Of(offsets, data, validity);
+    return packer.Pack();
   }
 
   // The canonical texts of integers; `missing`, if given, says which are not there.
@@ -108,25 +134,18 @@ class Column {
     if (numbers.ndim() != 1) throw py::value_error("numbers must be a vector");
     const py::ssize_t count = numbers.size();
     if (missing && missing->size() != count) throw py::value_error("missing must be as long as numbers");
-    std::string data;
-    py::array_t<int64_t> offsets(count + 1);
-    py::array_t<uint8_t> validity((count + 7) / 8);
-    int64_t* offset = offsets.mutable_data();
-    uint8_t* bits = validity.mutable_data();
-    std::fill_n(bits, validity.size(), 0);
-    offset[0] = 0;
+    Packer packer(count);
     const int64_t* number = numbers.data();
     const bool* gone = missing ? missing->data() : nullptr;
     for (py::ssize_t i = 0; i < count; ++i) {
       if (!gone || !gone[i]) {
         char digits[24];
         const auto end = std::to_chars(digits, digits + sizeof(digits), number[i]).ptr;
-        data.append(digits, end - digits);
-        bits[i >> 3] |= 1 << (i & 7);
+        packer.Append(i, digits, end - digits);
       }
-      offset[i + 1] = static_cast<int64_t>(data.size());
+      packer.End(i);
     }
-    return Of(offsets, data, validity);
+    return packer.Pack();
   }
 
   // (row_splits [rows + 1], the pieces as a column, weights or None, the first row whose weight is no number or -1).
@@ -189,16 +208,6 @@ class Column {
   int64_t longest() const { return longest_; }
 
  private:
-  static std::unique_ptr<Column> Of(const py::array_t<int64_t>& offsets, const std::string& data,
-                                    const py::array_t<uint8_t>& validity) {
-    const py::array_t<uint8_t> bytes(static_cast<py::ssize_t>(data.size()),
-                                     reinterpret_cast<const uint8_t*>(data.data()));
-    const py::ssize_t count = offsets.size() - 1;
-    const py::array starts(offsets.dtype(), {count}, {sizeof(int64_t)}, offsets.data(), offsets);
-    const py::array ends(offsets.dtype(), {count}, {sizeof(int64_t)}, offsets.data() + 1, offsets);
-    return std::make_unique<Column>(starts, ends, bytes, validity, 0, false);
-  }
-
   template <typename T>
   void Fit(const py::array& starts, const py::array& ends, const py::array& data) {
     CheckVector<T>("starts", starts);

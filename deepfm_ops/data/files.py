@@ -143,6 +143,8 @@ def _kind(path):
         return PARQUET
     if found in _DELIMITERS:
         return found
+    if found in (".svm", ".libsvm", ".ffm", ".libffm"):
+        raise ValueError(f"{path}: libsvm and libffm rows have numbers for indices already: take data.PairFeatures")
     raise ValueError(f"{path}: what is in it cannot be told from its name; it must end in .csv, .tsv, .txt or .parquet")
 
 

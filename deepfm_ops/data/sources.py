@@ -62,6 +62,10 @@ class Reading:
         self.files = source if isinstance(source, Files) else None
         self._source, self._forms = source, {}
 
+    def fingerprint(self):
+        """A text that other files do not have; None of tables."""
+        return None if self.files is None else self.files.fingerprint()
+
     def pieces(self):
         """The pieces of the source, in order, each with `chunks()`: functions that give a table, or None."""
         if self.files is not None:

@@ -69,9 +69,6 @@ class Stream:
         shuffle_rows=1 << 17,
         threads=None,
     ):
-        self._options = {"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "shard": shard, "labels": labels}
-        self._options |= {"drop_remainder": drop_remainder, "on_bad": on_bad, "shuffle_rows": shuffle_rows}
-        self._options |= {"threads": threads}
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a number from 1 on, got {batch_size!r}")
         if shuffle not in (True, False, "rows"):
@@ -96,8 +93,8 @@ class Stream:
         )
         self.drop_remainder, self.shuffle_rows = bool(drop_remainder), int(shuffle_rows)
         self._threads = max(1, min(4, (os.cpu_count() or 1) // 2)) if threads is None else threads
-        self._reading = self._open()
-        self._fingerprint = None if self._reading.files is None else self._reading.files.fingerprint()
+        self._reading = features.reading(source, self.has_labels, on_bad)
+        self._fingerprint = self._reading.fingerprint()
         self._pieces = None
         self.epoch, self._batch, self._rows, self._at = 0, 0, 0, (0, 0, 0)
         self._is_used_up, self.error = False, None
@@ -105,11 +102,11 @@ class Stream:
         self._handed, self._endless, self.is_at_end = None, False, False
         self._lengths = {}  # batches of each pass that was read to its end
 
-    def _open(self):
-        return self.features.reading(self._source, self.has_labels, self._on_bad)
-
     def __reduce__(self):
-        return _opened, (self.features, self._source, self._options, self.state())
+        names = ("batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
+        options = {name: value for name, value in self._fixed().items() if name in names}
+        options |= {"labels": self.has_labels, "on_bad": self._on_bad, "threads": self._threads}
+        return _opened, (self.features, self._source, options, self.state())
 
     @property
     def num_skipped(self):

@@ -17,11 +17,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from deepfm_ops.features import cells, dictionary_file
-from deepfm_ops.features import counts as counts_
-from deepfm_ops.features.fields import KINDS, LONGEST, TRANSFORMS, Field, Learner, dtype_of
+from deepfm_ops.features import cells, dictionary_file, dictionary_lists
+from deepfm_ops.features.fields import LONGEST, TRANSFORMS, Field, Learner
 from deepfm_ops.features.tables import Table
-from deepfm_ops.features.vocabulary import DTYPES, NO_TEXT, Vocabulary, native
+from deepfm_ops.features.vocabulary import DTYPES, Vocabulary, native
 
 NONFINITE = ("error", "missing")
 MOST_FIELDS = np.iinfo(np.uint16).max
@@ -527,8 +526,8 @@ class FeatureDictionary:
     @classmethod
     def from_config(cls, content):
         """The dictionary of `to_config`. Raises KeyError, TypeError or ValueError for anything else."""
-        if content["format"] in (1, 2):
-            return cls._from_lists(content)
+        if content["format"] in dictionary_lists.FORMATS:
+            return cls._of(*dictionary_lists.state_of(content))
         if content["format"] != cls.FORMAT:
             raise ValueError(f"format {content['format']}, this version reads up to {cls.FORMAT}")
         arrays = {
@@ -541,6 +540,10 @@ class FeatureDictionary:
         """The dictionary of `state`, or of an older version's `to_config`; `blocks` checks mapped arrays."""
         if content["format"] != cls.FORMAT:
             return cls.from_config(content)
+        return cls._of(content, arrays, blocks)
+
+    @classmethod
+    def _of(cls, content, arrays, blocks=None):
         options = {name: content[name] for name in ("unseen", "keep_texts", "sketch_bytes")}
         loaded = cls(content["min_count"], content["nonfinite"], **options)
         for name in ("separator", "label", "num_samples"):
@@ -548,53 +551,9 @@ class FeatureDictionary:
         loaded.fields = [Field(**field) for field in content["fields"]]
         if [field.number for field in loaded.fields] != list(range(1, len(loaded.fields) + 1)):
             raise ValueError("its fields do not fit")
-        if "slots" not in arrays:
-            arrays = {**arrays, "slots": _slots(arrays)}
         if len({len(arrays.get(name)) for name in DTYPES}) != 1:  # get: their content is checked at its first use
             raise ValueError("its arrays are not equally long")
         loaded.vocabulary = Vocabulary(arrays, content["generation"], blocks)
-        return loaded
-
-    @classmethod
-    def _from_lists(cls, content):
-        """The dictionary of an older version: fields of lists of values, whose indices are runs."""
-        is_old = content["format"] == 1  # its values are of JSON's types, and 3 and "3" are two
-        loaded = cls(nonfinite="error" if is_old else content["nonfinite"])
-        loaded.separator = content["separator"]
-        if not isinstance(loaded.separator, str | None):
-            raise ValueError(f"separator {loaded.separator!r} is no text")
-        columns, texts = [0], [None]
-        for number, field in enumerate(content["fields"], 1):
-            kind, size, values = field["kind"], field["size"], field["values"]
-            if kind not in KINDS or not isinstance(values, list) or field["start"] != len(columns):
-                raise ValueError(f"field {field['name']!r} does not fit")
-            if not isinstance(size, int) or size < 1 or (size > 1 and kind != "multivalued"):
-                raise ValueError(f"field {field['name']!r} has size {size!r}")
-            known = [value for value in values if value is not None]
-            if len(set(known)) != len(known) or (is_old and known != values):
-                raise ValueError(f"field {field['name']!r} has a value twice")
-            dtype, found = _from_old(kind, values) if is_old else (field["dtype"], values)
-            if kind != "numeric" and not all(isinstance(text, str | None) for text in found):
-                raise ValueError(f"field {field['name']!r} has values that are no text")
-            start = len(columns) if kind == "numeric" else 0
-            loaded.fields.append(Field(field["name"], kind, number, size, dtype, start=start))
-            columns += [number] * len(found)
-            texts += [None] * len(found) if kind == "numeric" else found
-        arrays = {name: np.zeros(len(columns), dtype) for name, dtype in DTYPES.items()}
-        arrays["columns"][:] = columns
-        encoded = [None if text is None else text.encode("utf-8", "surrogatepass") for text in texts]
-        sizes = np.array([len(text or b"") for text in encoded], np.int64)
-        if sizes.max() > native.LONGEST_TEXT:
-            raise ValueError(f"a value is longer than {native.LONGEST_TEXT} bytes")
-        has_text = np.array([text is not None for text in encoded])
-        arrays["text_starts"][:] = np.where(has_text, np.cumsum(sizes) - sizes, 0)
-        arrays["text_starts"][~has_text] = NO_TEXT
-        arrays["text_sizes"][:] = sizes
-        arrays["texts"] = np.frombuffer(b"".join(text or b"" for text in encoded), np.uint8)
-        if content.get("counts") is not None:
-            arrays["counts"][:] = counts_.checked(content["counts"], len(columns))
-            loaded.num_samples = operator.index(content["num_samples"])
-        loaded.vocabulary = Vocabulary(arrays | {"slots": _slots(arrays)})
         return loaded
 
     @classmethod
@@ -668,30 +627,3 @@ def _from_text(text):
         return zlib.decompress(base64.b64decode(text, validate=True))
     except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
         raise ValueError(f"its arrays cannot be read: {error}") from error
-
-
-def _slots(arrays):
-    """The slots of the values whose texts are there."""
-    starts = arrays["text_starts"]
-    ids = np.flatnonzero(starts != NO_TEXT)
-    columns = arrays["columns"][ids]
-    begins = starts[ids].astype(np.int64)
-    ends = begins + arrays["text_sizes"][ids]
-    keys = np.zeros(len(ids), np.uint64)
-    for column in np.unique(columns).tolist():
-        here = columns == column
-        keys[here] = native.keys(column, native.Column(begins[here], ends[here], arrays["texts"]))
-    return native.slots(keys, ids.astype(np.uint32))
-
-
-def _from_old(kind, values):
-    """(dtype, texts) of a field of format 1; of values that now are one, the first has the index."""
-    if kind == "numeric":
-        return None, values
-    texts, seen = [], set()
-    for value in values:
-        text = cells.text(value)
-        texts.append(None if text in seen else text)
-        seen.add(text)
-    kinds = set(map(cells.kind, values, map(cells.text, values)))
-    return "text" if kind == "multivalued" else dtype_of(kinds), texts

@@ -10,7 +10,6 @@ before it, each compared when the block is first used; the zip's comment, the la
 import hashlib
 import json
 import mmap
-import os
 import re
 import struct
 import zipfile
@@ -51,9 +50,7 @@ def write(path, manifest, arrays):
             container.write_array(archive, "sums", np.concatenate(sums))
         file.seek(end)
         digest = hashlib.sha256(file.read()[:-2]).hexdigest()
-        comment = f"deepfm_ops features {_FORMAT} sha256 {digest}".encode()
-        file.seek(-2, os.SEEK_END)
-        file.write(struct.pack("<H", len(comment)) + comment)
+        container.seal(file, f"deepfm_ops features {_FORMAT} sha256 {digest}")
 
 
 class _Arrays(dict):

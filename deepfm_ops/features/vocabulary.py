@@ -49,13 +49,16 @@ class Vocabulary:
     """The indices of a dictionary, and what is known of each.
 
     Args:
-        arrays: {name: array [size]} of DTYPES, "texts" (uint8, or missing: they were not kept) and "slots".
+        arrays: {name: array [size]} of DTYPES, "texts" (uint8, or missing: they were not kept) and "slots" (or missing:
+            they follow from the texts).
         generation: number of the last update; 0 of `fit`.
         blocks: what checks the mapped file in which the slots lie, or None.
 
     """
 
     def __init__(self, arrays, generation=0, blocks=None):
+        if "slots" not in arrays:
+            arrays = {**arrays, "slots": slots_of(arrays)}
         self._arrays, self.generation = arrays, generation
         # Of a mapped file get checks nothing: the table checks what it looks up, against the blocks.
         self._table = native.Table(arrays.get("slots"), blocks)
@@ -241,6 +244,20 @@ class Vocabulary:
     def _taken_slots(self):
         slots = self._arrays["slots"].view(SLOT)
         return slots[slots["key"] != 0]
+
+
+def slots_of(arrays):
+    """The slots of the values whose texts are there."""
+    starts = arrays["text_starts"]
+    ids = np.flatnonzero(starts != NO_TEXT)
+    columns = arrays["columns"][ids]
+    begins = starts[ids].astype(np.int64)
+    ends = begins + arrays["text_sizes"][ids]
+    keys = np.zeros(len(ids), np.uint64)
+    for column in np.unique(columns).tolist():
+        here = columns == column
+        keys[here] = native.keys(column, native.Column(begins[here], ends[here], arrays["texts"]))
+    return native.slots(keys, ids.astype(np.uint32))
 
 
 def _joined(parts, dtype):

@@ -66,9 +66,8 @@ def write(path, manifest, arrays):
         file.flush()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
             with view[:-2] as covered:  # the last two bytes are the length of the comment
-                comment = f"deepfm_ops scorer {FORMAT} sha256 {_digest(covered)}".encode()
-        file.seek(-2, os.SEEK_END)
-        file.write(struct.pack("<H", len(comment)) + comment)
+                digest = _digest(covered)
+        container.seal(file, f"deepfm_ops scorer {FORMAT} sha256 {digest}")
 
 
 def _checked(path, content):
