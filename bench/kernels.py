@@ -58,7 +58,7 @@ def gradient(table, indices, values, **options):
 
 
 def touch(table, indices, distance, **options):
-    return lambda n: kernels.touch(table, indices[n], distance, **options)
+    return lambda n: kernels.read_rows(table, indices[n], distance, **options)
 
 
 def floors(rounds):

@@ -4,10 +4,10 @@
 """
 
 try:
-    from deepfm_ops._kernels import fm_forward, fm_gradient, hash_buckets, head, isa, set_isa, touch
+    from deepfm_ops._kernels import fm_forward, fm_gradient, hash_buckets, head, isa, read_rows, set_isa
 except ImportError as error:
     raise ImportError(
         f"the kernels are not there: deepfm_ops was installed without its compiled part ({error})"
     ) from error
 
-__all__ = ["fm_forward", "fm_gradient", "hash_buckets", "head", "isa", "set_isa", "touch"]
+__all__ = ["fm_forward", "fm_gradient", "hash_buckets", "head", "isa", "read_rows", "set_isa"]

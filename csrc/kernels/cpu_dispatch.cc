@@ -23,48 +23,42 @@ struct Build {
   bool runs_here;
 };
 
-const Build* Builds() {  // widest last
-  static const Build builds[] = {
-      {"baseline", &baseline::kKernels, true},
-      {"avx2", &avx2::kKernels,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {"avx512", &avx512::kKernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
-  };
-  return builds;
-}
+// Each build's flags in _build.py, asked one by one: a machine may hide any of them from its guests.
+#define DEEPFM_HAS(feature) __builtin_cpu_supports(feature)
+const bool kRunsAvx2 = DEEPFM_HAS("avx2") && DEEPFM_HAS("fma") && DEEPFM_HAS("f16c");
+const bool kRunsAvx512 =
+    kRunsAvx2 && DEEPFM_HAS("avx512f") && DEEPFM_HAS("avx512bw") && DEEPFM_HAS("avx512dq") && DEEPFM_HAS("avx512vl");
+const Build kBuilds[] = {
+    // widest first
+    {"avx512", &avx512::kKernels, kRunsAvx512},
+    {"avx2", &avx2::kKernels, kRunsAvx2},
+    {"baseline", &baseline::kKernels, true},
+};
 
+// The widest build of this name, or of any, that runs here.
 const Build* Find(const char* name) {
-  for (int i = 0; i < 3; ++i) {
-    if (Builds()[i].runs_here && std::strcmp(Builds()[i].name, name) == 0) return &Builds()[i];
-  }
+  for (const Build& build : kBuilds)
+    if (build.runs_here && (!name || std::strcmp(build.name, name) == 0)) return &build;
   return nullptr;
 }
 
 const Build* Choose() {
-  if (const char* name = std::getenv("DEEPFM_OPS_ISA")) {
-    if (const Build* build = Find(name)) return build;
-  }
-  int widest = 2;
-  while (!Builds()[widest].runs_here) --widest;
-  return &Builds()[widest];
+  const Build* named = Find(std::getenv("DEEPFM_OPS_ISA"));
+  return named ? named : Find(nullptr);
 }
 
-std::atomic<const Build*>& InUse() {
-  static std::atomic<const Build*> build{Choose()};
-  return build;
-}
+// Made when the library is loaded, not at the first use: a child that is forked during that would wait for ever.
+std::atomic<const Build*> in_use{Choose()};
 
 }  // namespace
 
-const CpuKernels& Kernels() { return *InUse().load(std::memory_order_relaxed)->kernels; }
+const CpuKernels& Kernels() { return *in_use.load(std::memory_order_relaxed)->kernels; }
 
-const char* Isa() { return InUse().load()->name; }
+const char* Isa() { return in_use.load()->name; }
 
 bool SetIsa(const char* name) {
   const Build* build = Find(name);
-  if (build) InUse().store(build);
+  if (build) in_use.store(build);
   return build != nullptr;
 }
 

@@ -24,8 +24,8 @@ struct CpuKernels {
   void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group);
   void (*update[4])(const UpdateArgs&, int64_t begin_group, int64_t end_group);
   // Reads the rows of indices [begin, end) out of n and nothing else, for measuring against.
-  uint64_t (*touch)(const char* table, int64_t row_bytes, const int64_t* indices, int64_t begin, int64_t end, int64_t n,
-                    int64_t distance);
+  uint64_t (*read_rows)(const char* table, int64_t num_rows, int64_t row_bytes, const int64_t* indices, int64_t begin,
+                        int64_t end, int64_t n, int64_t distance);
 };
 
 // The build in use: the widest this machine runs, or the one DEEPFM_OPS_ISA names.

@@ -11,19 +11,33 @@ namespace deepfm {
 namespace DEEPFM_ISA {
 
 #include "vec-inl.h"
-
-// A sample's columns are worked on in blocks that keep sums and squares of a block in registers.
-constexpr int kMaxVecs = kVecBytes == 64 ? 8 : 4;
+// on top of it
+#include "columns-inl.h"
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Always inlined: as a function of its own it has no effect that GCC counts, and calls to it are dropped.
-static inline __attribute__((always_inline)) void PrefetchRow(const char* row, int64_t bytes) {
-  // Line by line: a row that is not aligned to a line lies in one more than its size says.
-  const char* end = row + bytes;
-  for (const char* line = row - (reinterpret_cast<uintptr_t>(row) & 63); line < end; line += 64)
-    __builtin_prefetch(line);
-}
+// Rows that are fetched ahead of their use, unless they are so few that they stay in the cache. Null is harmless, and
+// so is any number of a row.
+struct Prefetcher {
+  static constexpr int64_t kInCache = 1 << 18;  // bytes
+  uintptr_t base;
+  uint64_t row_bytes;
+  bool straddles;  // a row may lie in one line more than its size says: asked once, as a branch on each is mispredicted
+
+  template <typename T>
+  Prefetcher(const T* rows, int64_t count, int64_t row_bytes)
+      : base(count > kInCache / row_bytes ? reinterpret_cast<uintptr_t>(rows) : 0),
+        row_bytes(static_cast<uint64_t>(row_bytes)),
+        straddles(base % 64 != 0 || (64 % row_bytes != 0 && row_bytes % 64 != 0)) {}
+
+  // Always inlined: as a function of its own it has no effect that GCC counts, and calls to it are dropped.
+  DEEPFM_INLINE void Fetch(int64_t row) const {
+    if (!base) return;
+    const char* start = reinterpret_cast<const char*>(base + static_cast<uint64_t>(row) * row_bytes);
+    for (uint64_t offset = 0; offset < row_bytes; offset += 64) __builtin_prefetch(start + offset);
+    if (straddles) __builtin_prefetch(start + row_bytes - 1);
+  }
+};
 
 // How many rows ahead to fetch: about 2 KiB in flight, which hides the latency of memory without
 // evicting what was fetched before it is used.
@@ -31,6 +45,136 @@ static inline int64_t PrefetchDistance(int64_t row_bytes) {
   const int64_t rows = 2048 / row_bytes;
   return rows > 24 ? 24 : rows < 4 ? 4 : rows;
 }
+
+// ---------------------------------------------------------------------------------------------
+// Forward
+
+// The rows that the pairs name. Their owner may change the indices at any time, so that an index is read once, checked
+// and used; what is prefetched is not checked, as fetching ahead from any address is harmless.
+template <typename T, typename I>
+struct PairRows {
+  const char* table;
+  const I* indices;
+  const T* weights;
+  int64_t num_rows, row_bytes;
+  Prefetcher fetch_row, fetch_weight;
+
+  explicit PairRows(const ForwardArgs& a)
+      : table(static_cast<const char*>(a.table)),
+        indices(static_cast<const I*>(a.indices)),
+        weights(a.linear ? static_cast<const T*>(a.weights) : nullptr),
+        num_rows(a.shape.num_rows),
+        row_bytes(RowBytes(a.shape.dim, T{})),
+        fetch_row(table, num_rows, row_bytes),
+        fetch_weight(weights, num_rows, sizeof(T)) {}
+
+  DEEPFM_INLINE int64_t Index(int64_t p) const { return __atomic_load_n(indices + p, __ATOMIC_RELAXED); }
+  DEEPFM_INLINE bool InRange(int64_t index) const {
+    return __builtin_expect(static_cast<uint64_t>(index) < static_cast<uint64_t>(num_rows), 1);
+  }
+  DEEPFM_INLINE const char* At(int64_t index) const { return table + index * row_bytes; }
+  DEEPFM_INLINE void Fetch(int64_t p) const {
+    const int64_t index = Index(p);
+    fetch_row.Fetch(index);
+    fetch_weight.Fetch(index);
+  }
+};
+
+// One block of columns, samples [begin, end). Returns the first pair that is out of range, or -1. The first block also
+// fetches rows ahead, up to that of `last_pair`, and computes the first order.
+template <typename T, typename I, int kVecs, bool kPartial>
+static int64_t ForwardBlock(const ForwardArgs& a, const PairRows<T, I>& rows, int64_t begin, int64_t end,
+                            int64_t last_pair, int64_t first, int tail) {
+  typedef AccOf<T> A;
+  typedef Columns<A, kVecs, kPartial> Block;
+  const FmShape& shape = a.shape;
+  const int64_t dim = shape.dim;
+  const int64_t* fields = shape.field_splits;
+  const A* values = static_cast<const A*>(a.values);
+  A* interaction = static_cast<A*>(a.interaction);
+  A* sums = static_cast<A*>(a.sums);
+  A* embeddings = static_cast<A*>(a.embeddings);
+  A* linear = first == 0 ? static_cast<A*>(a.linear) : nullptr;
+  const int64_t distance = PrefetchDistance(rows.row_bytes);
+
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
+    const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
+    Block sum = {}, squares = {};
+    A first_order = 0;
+    // The pair's row times its value; false if there is no such row.
+    auto load_pair = [&](int64_t p, Block* e) {
+      if (first == 0 && p + distance < last_pair) rows.Fetch(p + distance);
+      const int64_t index = rows.Index(p);
+      if (!rows.InRange(index)) return false;
+      const char* row = rows.At(index);
+      *e = Block::LoadRow(row, first, tail, T{});
+      if (linear) first_order += WeightOf(rows.weights, index, row, T{}) * (values ? values[p] : A(1));
+      if (values) e->Scale(values[p]);
+      return true;
+    };
+    auto add_field = [&](const Block& e, int64_t field) {
+      sum.Add(e);
+      squares.AddSquare(e);
+      if (embeddings) e.Store(embeddings + field * dim + first, tail);
+    };
+    if (!fields) {
+      for (int64_t p = start; p < stop; ++p) {
+        Block e;
+        if (!load_pair(p, &e)) return p;
+        add_field(e, p);
+      }
+    } else {
+      for (int64_t f = 0; f < shape.num_fields; ++f) {
+        Block e = {};
+        for (int64_t p = start + fields[f]; p < start + fields[f + 1]; ++p) {
+          Block pair;
+          if (!load_pair(p, &pair)) return p;
+          e.Add(pair);
+        }
+        add_field(e, b * shape.num_fields + f);
+      }
+    }
+
+    if (linear) linear[b] = first_order;
+    if (sums) sum.Store(sums + b * dim + first, tail);
+    if (a.output == Output::kSum) {
+      sum.Store(interaction + b * dim + first, tail);
+    } else {
+      const Block vector = HalfOfSquareMinus(sum, squares);
+      if (a.output == Output::kVector) {
+        vector.Store(interaction + b * dim + first, tail);
+      } else {
+        interaction[b] = (first == 0 ? A(0) : interaction[b]) + vector.Total();
+      }
+    }
+  }
+  return -1;
+}
+
+template <typename T, typename I>
+static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
+  const FmShape& shape = a.shape;
+  const PairRows<T, I> rows(a);
+  const int64_t first_pair = shape.row_splits ? shape.row_splits[begin] : begin * shape.pairs_per_sample;
+  const int64_t last_pair = shape.row_splits ? shape.row_splits[end] : end * shape.pairs_per_sample;
+  const int64_t warm = Min(last_pair, first_pair + PrefetchDistance(rows.row_bytes));
+  for (int64_t p = first_pair; p < warm; ++p) rows.Fetch(p);
+  // With several blocks of columns a sample's rows are read once per block, while still in cache.
+  const int64_t step = shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 1;
+  int64_t bad = -1;
+  for (int64_t b = begin; b < end && bad < 0; b += step) {
+    ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+      if (bad < 0)
+        bad = ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, rows, b, b + step, last_pair,
+                                                                                       first, tail);
+    });
+  }
+  return bad;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Gradient
 
 static inline int64_t PositionOf(const PairPositions& positions, int64_t j) {
   uint64_t word;
@@ -51,374 +195,141 @@ static inline int64_t FieldOf(const PairMap& map, int64_t p) {
   return b * map.num_fields + map.field_of_pair[p - b * map.pairs_per_sample];
 }
 
-// One element, by way of a register's first lane.
-template <typename T>
-static inline AccOf<T> LoadOne(const T* p) {
-  return Load<true>(p, 1)[0];
-}
-template <typename T>
-static inline void StoreOne(T* p, AccOf<T> x) {
-  VecOf<T> v = {};
-  v[0] = x;
-  Store<true>(p, v, 1);
-}
-
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
-// Calls fn(Int<vecs>, Int<partial>) for each block of columns, with its first column and the lanes
-// of its last register: the run-time K becomes compile-time register counts here and nowhere else.
-template <typename T, typename Fn>
-static inline void ForColumnBlocks(int64_t dim, const Fn& fn) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t first = 0; first < dim; first += kMaxVecs * lanes) {
-    const int64_t columns = Min(dim - first, kMaxVecs * lanes);
-    const int vecs = static_cast<int>((columns + lanes - 1) / lanes);
-    const int tail = static_cast<int>(columns - (vecs - 1) * lanes);
-#define DEEPFM_CASE(n)                         \
-  case n:                                      \
-    if (n <= kMaxVecs) {                       \
-      constexpr int m = n <= kMaxVecs ? n : 1; \
-      if (tail == lanes) {                     \
-        fn(Int<m>(), Int<0>(), first, tail);   \
-      } else {                                 \
-        fn(Int<m>(), Int<1>(), first, tail);   \
-      }                                        \
-    }                                          \
-    break;
-    switch (vecs) {
-      DEEPFM_CASE(1)
-      DEEPFM_CASE(2)
-      DEEPFM_CASE(3)
-      DEEPFM_CASE(4)
-      DEEPFM_CASE(5)
-      DEEPFM_CASE(6)
-      DEEPFM_CASE(7)
-      DEEPFM_CASE(8)
-    }
-#undef DEEPFM_CASE
-  }
-}
-
-// A block of kVecs registers, the last of them `tail` lanes wide if kPartial.
-template <int kVecs, bool kPartial, typename T>
-static inline void LoadBlock(const T* p, int tail, VecOf<T> (&v)[kVecs]) {
-  constexpr int lanes = kLanes<T>;
-#pragma GCC unroll 8
-  for (int n = 0; n < kVecs; ++n)
-    v[n] = kPartial && n == kVecs - 1 ? Load<true>(p + n * lanes, tail) : Load<false>(p + n * lanes, lanes);
-}
-
-template <typename T>
-static inline int64_t RowBytes(int64_t dim, T) {
-  return dim * static_cast<int64_t>(sizeof(T));
-}
-static inline int64_t RowBytes(int64_t dim, Int8) { return dim + kInt8Header; }
-
-static inline float HeaderAt(const char* row, int position) {
-  BFloat16 number;  // rows lie at any byte
-  __builtin_memcpy(&number, row + position * sizeof(number), sizeof(number));
-  return LoadOne(&number);
-}
-
-// Columns [first, ...) of the row at `row`, zeros behind its tail.
-template <int kVecs, bool kPartial, typename T>
-static inline void LoadRow(const char* row, int64_t first, int tail, VecOf<T> (&e)[kVecs], T) {
-  LoadBlock<kVecs, kPartial>(reinterpret_cast<const T*>(row) + first, tail, e);
-}
-template <int kVecs, bool kPartial>
-static inline void LoadRow(const char* row, int64_t first, int tail, VecOf<float> (&e)[kVecs], Int8) {
-  const float scale = HeaderAt(row, 0), offset = HeaderAt(row, 1);
-  LoadBlock<kVecs, kPartial>(reinterpret_cast<const Int8*>(row) + kInt8Header + first, tail, e);
-#pragma GCC unroll 8
-  for (int n = 0; n < kVecs; ++n) {
-    VecOf<float> shift = {};
-    if (kPartial && n == kVecs - 1) {
-      for (int i = 0; i < kLanes<float>; ++i) shift[i] = i < tail ? offset : 0.f;
-    } else {
-      shift += offset;
-    }
-    e[n] = e[n] * scale + shift;
-  }
-}
-
-// The first-order weight of a feature.
-template <typename T>
-static inline AccOf<T> WeightOf(const void* weights, int64_t index, const char*, T) {
-  return LoadOne(static_cast<const T*>(weights) + index);
-}
-static inline float WeightOf(const void*, int64_t, const char* row, Int8) { return HeaderAt(row, 2); }
-
-template <int kVecs, bool kPartial, typename T>
-static inline void StoreBlock(T* p, int tail, const VecOf<T> (&v)[kVecs]) {
-  constexpr int lanes = kLanes<T>;
-#pragma GCC unroll 8
-  for (int n = 0; n < kVecs; ++n) {
-    if (kPartial && n == kVecs - 1) {
-      Store<true>(p + n * lanes, v[n], tail);
-    } else {
-      Store<false>(p + n * lanes, v[n], lanes);
-    }
-  }
-}
-
-template <typename I>
-static inline bool InRange(I index, int64_t num_rows) {
-  return static_cast<uint64_t>(static_cast<int64_t>(index)) < static_cast<uint64_t>(num_rows);
-}
-
-// One block of columns, samples [begin, end). The first block checks and prefetches the pairs a
-// distance ahead, up to `last_pair`, and returns the first that is out of range, before any use of
-// it; else -1.
-template <typename T, typename I, int kVecs, bool kPartial>
-static int64_t ForwardBlock(const ForwardArgs& a, int64_t begin, int64_t end, int64_t last_pair, int64_t first,
-                            int tail) {
-  typedef AccOf<T> A;
-  typedef VecOf<T> V;
-  const FmShape& shape = a.shape;
-  const int64_t dim = shape.dim;
-  const char* table = static_cast<const char*>(a.table);
-  const I* indices = static_cast<const I*>(a.indices);
-  const A* values = static_cast<const A*>(a.values);
-  A* interaction = static_cast<A*>(a.interaction);
-  A* sums = static_cast<A*>(a.sums);
-  A* embeddings = static_cast<A*>(a.embeddings);
-  A* linear = first == 0 ? static_cast<A*>(a.linear) : nullptr;
-  const T* weights = linear ? static_cast<const T*>(a.weights) : nullptr;
-  const int64_t row_bytes = RowBytes(dim, T{});
-  const int64_t distance = PrefetchDistance(row_bytes);
-  const int64_t* fields = shape.field_splits;
-
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
-    const int64_t stop = shape.row_splits ? shape.row_splits[b + 1] : start + shape.pairs_per_sample;
-    V s[kVecs] = {}, q[kVecs] = {};
-    A first_order = 0;
-    auto prefetch = [&](int64_t p) __attribute__((always_inline)) {
-      if (first != 0 || p + distance >= last_pair) return true;
-      const I index = indices[p + distance];
-      if (__builtin_expect(!InRange(index, shape.num_rows), 0)) return false;
-      PrefetchRow(table + static_cast<int64_t>(index) * row_bytes, row_bytes);
-      if (weights) __builtin_prefetch(weights + index);
-      return true;
-    };
-    auto load = [&](int64_t p, V(&e)[kVecs]) {
-      const char* row = table + static_cast<int64_t>(indices[p]) * row_bytes;
-      LoadRow<kVecs, kPartial>(row, first, tail, e, T{});
-      if (linear) first_order += WeightOf(weights, indices[p], row, T{}) * (values ? values[p] : A(1));
-      if (!values) return;
-      const A x = values[p];
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) e[n] *= x;
-    };
-    auto add_field = [&](const V(&e)[kVecs], int64_t field) {
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) {
-        s[n] += e[n];
-        q[n] += e[n] * e[n];
-      }
-      if (embeddings) StoreBlock<kVecs, kPartial>(embeddings + field * dim + first, tail, e);
-    };
-    if (!fields) {
-      for (int64_t p = start; p < stop; ++p) {
-        if (!prefetch(p)) return p + distance;
-        V e[kVecs];
-        load(p, e);
-        add_field(e, p);
-      }
-    } else {
-      for (int64_t f = 0; f < shape.num_fields; ++f) {
-        V e[kVecs] = {};
-        for (int64_t p = start + fields[f]; p < start + fields[f + 1]; ++p) {
-          if (!prefetch(p)) return p + distance;
-          V pair[kVecs];
-          load(p, pair);
-#pragma GCC unroll 8
-          for (int n = 0; n < kVecs; ++n) e[n] += pair[n];
-        }
-        add_field(e, b * shape.num_fields + f);
-      }
-    }
-
-    if (linear) linear[b] = first_order;
-    if (sums) StoreBlock<kVecs, kPartial>(sums + b * dim + first, tail, s);
-    if (a.output == Output::kSum) {
-      StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, s);
-      continue;
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < kVecs; ++n) q[n] = (s[n] * s[n] - q[n]) * A(0.5);
-    if (a.output == Output::kVector) {
-      StoreBlock<kVecs, kPartial>(interaction + b * dim + first, tail, q);
-    } else {
-#pragma GCC unroll 8
-      for (int n = 1; n < kVecs; ++n) q[0] += q[n];
-      interaction[b] = (first == 0 ? A(0) : interaction[b]) + HorizontalSum(q[0]);
-    }
-  }
-  return -1;
-}
-
-template <typename T, typename I>
-static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
-  const FmShape& shape = a.shape;
-  const int64_t first_pair = shape.row_splits ? shape.row_splits[begin] : begin * shape.pairs_per_sample;
-  const int64_t last_pair = shape.row_splits ? shape.row_splits[end] : end * shape.pairs_per_sample;
-  const int64_t row_bytes = RowBytes(shape.dim, T{});
-  const int64_t warm = Min(last_pair, first_pair + PrefetchDistance(row_bytes));
-  for (int64_t p = first_pair; p < warm; ++p) {
-    const I index = static_cast<const I*>(a.indices)[p];
-    if (!InRange(index, shape.num_rows)) return p;
-    PrefetchRow(static_cast<const char*>(a.table) + static_cast<int64_t>(index) * row_bytes, row_bytes);
-    if (a.weights) __builtin_prefetch(static_cast<const T*>(a.weights) + index);
-  }
-  // With several blocks of columns a sample's rows are read once per block, while still in cache.
-  const int64_t step = shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 1;
-  int64_t bad = -1;
-  for (int64_t b = begin; b < end && bad < 0; b += step) {
-    ForColumnBlocks<T>(shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
-      if (bad < 0)
-        bad = ForwardBlock<T, I, decltype(vecs)::value, decltype(partial)::value != 0>(a, b, b + step, last_pair, first,
-                                                                                       tail);
-    });
-  }
-  return bad;
-}
-
 // Of one occurrence; a feature that occurs though none was counted has a count of one.
 template <typename A>
 static inline A PriorShare(int32_t count, A softness) {
-  const A n = static_cast<A>(count > 0 ? count : 1);
+  const A n = count < 1 ? A(1) : static_cast<A>(count);
   return softness > 0 ? softness / ((softness + n) * n) : 1 / n;
 }
 
-// One block of columns, groups [begin, end).
+// One block of columns, groups [begin, end). The first block also fetches ahead, up to group `last`, and computes the
+// first order.
 template <typename T, int kVecs, bool kPartial>
-static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end, int64_t first,
-                          int tail) {
+static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end, int64_t last,
+                          int64_t first, int tail) {
   typedef AccOf<T> A;
-  typedef VecOf<T> V;
-  const FmShape& shape = a.shape;
-  const int64_t dim = shape.dim;
-  const T* table = static_cast<const T*>(a.table) + first;
+  typedef Columns<A, kVecs, kPartial> Block;
+  const int64_t dim = a.shape.dim;
+  const T* table = static_cast<const T*>(a.table);
   const A* values = static_cast<const A*>(a.values);
-  const A* sums = a.sums ? static_cast<const A*>(a.sums) + first : nullptr;
-  const A* embeddings = a.embeddings ? static_cast<const A*>(a.embeddings) + first : nullptr;
+  const A* sums = a.output == Output::kSum ? nullptr : static_cast<const A*>(a.sums);
+  const A* embeddings = a.output == Output::kSum ? nullptr : static_cast<const A*>(a.embeddings);
   const A* g = static_cast<const A*>(a.d_interaction);
-  const A* de = a.d_embeddings ? static_cast<const A*>(a.d_embeddings) + first : nullptr;
-  T* rows = a.rows ? static_cast<T*>(a.rows) + first : nullptr;
+  const A* de = static_cast<const A*>(a.d_embeddings);
+  T* rows = static_cast<T*>(a.rows);
   A* d_values = static_cast<A*>(a.d_values);
   const T* weights = first == 0 ? static_cast<const T*>(a.weights) : nullptr;
   const A* d_linear = static_cast<const A*>(a.d_linear);
-  const A pull = static_cast<A>(2 * a.l2), pull_linear = static_cast<A>(2 * a.l2_linear);
+  const A l2 = static_cast<A>(2 * a.l2), l2_linear = static_cast<A>(2 * a.l2_linear);
   const int32_t* counts = a.counts;
   const A prior = static_cast<A>(a.prior), prior_linear = static_cast<A>(a.prior_linear);
   const A softness = static_cast<A>(a.prior_softness);
   // Each is a cache line of its own.
-  const bool read_weights = weights && (d_values || pull_linear != 0 || (counts && prior_linear != 0));
+  const bool read_table = d_values || l2 != 0 || (counts && prior != 0) || (sums && !embeddings);
+  const bool read_weights = weights && (d_values || l2_linear != 0 || (counts && prior_linear != 0));
   const int64_t* row_of = a.groups->rows();
   const int64_t* starts = a.groups->starts();
   const PairPositions positions = a.groups->positions();
-  const int64_t stop = starts[end];
-  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
-  const int64_t distance = PrefetchDistance(row_bytes);
+  const int64_t last_pair = starts[last];
+  const int64_t distance = PrefetchDistance(dim * static_cast<int64_t>(sizeof(T)));
+
+  constexpr int64_t kSize = sizeof(A);
+  const FmShape& shape = a.shape;
+  const int64_t V = shape.num_rows, B = shape.num_samples, n = shape.num_pairs;
+  const Prefetcher fetch_row(read_table ? table : nullptr, V, dim * static_cast<int64_t>(sizeof(T))),
+      fetch_weight(read_weights ? weights : nullptr, V, sizeof(T)), fetch_count(counts, V, sizeof(int32_t)),
+      fetch_value(values, n, kSize), fetch_g(g, B, a.output == Output::kScalar ? kSize : dim * kSize),
+      fetch_d_linear(weights ? d_linear : nullptr, B, kSize), fetch_sum(sums, B, dim * kSize),
+      fetch_e(embeddings, n, dim * kSize), fetch_de(de, n, dim * kSize);
+  auto fetch_group = [&](int64_t row) __attribute__((always_inline)) {
+    fetch_row.Fetch(row);
+    fetch_weight.Fetch(row);
+    fetch_count.Fetch(row);
+  };
+  auto fetch_pair = [&](int64_t p) __attribute__((always_inline)) {
+    const int64_t b = SampleOf(map, p);
+    fetch_value.Fetch(p);
+    fetch_g.Fetch(b);
+    fetch_d_linear.Fetch(b);
+    fetch_sum.Fetch(b);
+    if (embeddings || de) {
+      const int64_t field = FieldOf(map, p);
+      fetch_e.Fetch(field);
+      fetch_de.Fetch(field);
+    }
+  };
+  // The gradient of the embedding of the pair's field, which is the row times x unless the embeddings are at hand.
+  auto field_gradient = [&](int64_t p, int64_t b, const Block& row, A x) {
+    Block d;
+    if (!sums) {
+      d = Block::Load(g + b * dim + first, tail);
+    } else {
+      d = Block::Load(sums + b * dim + first, tail);
+      if (embeddings) {
+        d.Subtract(Block::Load(embeddings + FieldOf(map, p) * dim + first, tail));
+      } else {
+        d.SubtractScaled(row, x);
+      }
+      if (a.output == Output::kScalar) {
+        d.Scale(g[b]);
+      } else {
+        d.Multiply(Block::Load(g + b * dim + first, tail));
+      }
+    }
+    if (de) d.Add(Block::Load(de + FieldOf(map, p) * dim + first, tail));
+    return d;
+  };
 
   for (int64_t u = begin; u < end; ++u) {
-    if (first == 0) {
-      if (u + distance < end)
-        PrefetchRow(reinterpret_cast<const char*>(table) + row_of[u + distance] * row_bytes, row_bytes);
-      if (read_weights && u + distance < end) __builtin_prefetch(weights + row_of[u + distance]);
-      if (counts && u + distance < end) __builtin_prefetch(counts + row_of[u + distance]);
-    }
-    V row[kVecs], total[kVecs] = {};
-    LoadBlock<kVecs, kPartial>(table + row_of[u] * dim, tail, row);
+    if (first == 0 && u + distance < last) fetch_group(row_of[u + distance]);
+    Block row = {}, total = {};
+    if (read_table) row = Block::Load(table + row_of[u] * dim + first, tail);
     const A weight = read_weights ? LoadOne(weights + row_of[u]) : A(0);
     A weight_total = 0, occurrences = 0;
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j) {
-      if (first == 0 && j + distance < stop) {
-        const int64_t ahead = PositionOf(positions, j + distance);
-        const int64_t sample = SampleOf(map, ahead);
-        if (values) __builtin_prefetch(values + ahead);
-        if (weights) __builtin_prefetch(d_linear + sample);
-        if (a.output == Output::kScalar) {
-          __builtin_prefetch(g + sample);
-        } else {
-          PrefetchRow(reinterpret_cast<const char*>(g + sample * dim), dim * sizeof(A));
-        }
-        if (sums) PrefetchRow(reinterpret_cast<const char*>(sums + sample * dim), dim * sizeof(A));
-        if (de) PrefetchRow(reinterpret_cast<const char*>(de + FieldOf(map, ahead) * dim), dim * sizeof(A));
-      }
-      const int64_t p = PositionOf(positions, j);
-      const int64_t b = SampleOf(map, p);
+      if (first == 0 && j + distance < last_pair) fetch_pair(PositionOf(positions, j + distance));
+      const int64_t p = PositionOf(positions, j), b = SampleOf(map, p);
       const A x = values ? values[p] : A(1);
       if (x != 0) occurrences += 1;
-      V d[kVecs];
-      if (a.output == Output::kSum) {
-        LoadBlock<kVecs, kPartial>(g + b * dim + first, tail, d);
-      } else {
-        V e[kVecs];
-        LoadBlock<kVecs, kPartial>(sums + b * dim, tail, d);
-        if (shape.field_splits) {
-          LoadBlock<kVecs, kPartial>(embeddings + FieldOf(map, p) * dim, tail, e);
-        } else {
-#pragma GCC unroll 8
-          for (int n = 0; n < kVecs; ++n) e[n] = row[n] * x;
-        }
-        if (a.output == Output::kScalar) {
-#pragma GCC unroll 8
-          for (int n = 0; n < kVecs; ++n) d[n] = (d[n] - e[n]) * g[b];
-        } else {
-          V gv[kVecs];
-          LoadBlock<kVecs, kPartial>(g + b * dim + first, tail, gv);
-#pragma GCC unroll 8
-          for (int n = 0; n < kVecs; ++n) d[n] = (d[n] - e[n]) * gv[n];
-        }
-      }
-      if (de) {
-        V extra[kVecs];
-        LoadBlock<kVecs, kPartial>(de + FieldOf(map, p) * dim, tail, extra);
-#pragma GCC unroll 8
-        for (int n = 0; n < kVecs; ++n) d[n] += extra[n];
-      }
+      const Block d = field_gradient(p, b, row, x);
       if (d_values) {
-        V dot = {};
-#pragma GCC unroll 8
-        for (int n = 0; n < kVecs; ++n) dot += d[n] * row[n];
-        d_values[p] = (first == 0 ? A(0) : d_values[p]) + HorizontalSum(dot);
+        d_values[p] = (first == 0 ? A(0) : d_values[p]) + Dot(d, row);
         if (weights) d_values[p] += weight * d_linear[b];
       }
       if (weights) weight_total += d_linear[b] * x;
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) total[n] += d[n] * x;
+      total.AddScaled(d, x);
     }
     const A share = counts ? occurrences * PriorShare(counts[row_of[u]], softness) : A(0);
-    const A here = pull + share * prior, here_linear = pull_linear + share * prior_linear;
-    if (here != 0) {
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) total[n] += row[n] * here;
-    }
-    if (rows) StoreBlock<kVecs, kPartial>(rows + u * dim, tail, total);
-    if (weights) StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * here_linear);
+    const A strength = l2 + share * prior;
+    if (strength != 0) total.AddScaled(row, strength);
+    if (rows) total.Store(rows + u * dim + first, tail);
+    if (weights)
+      StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * (l2_linear + share * prior_linear));
   }
 }
 
 template <typename T>
 static void Gradient(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end) {
-  ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
-    GradientBlock<T, decltype(vecs)::value, decltype(partial)::value != 0>(a, map, begin, end, first, tail);
-  });
+  // With several blocks of columns a few groups at a time, whose pairs are then still in cache.
+  const int64_t step = a.shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 8;
+  for (int64_t u = begin; u < end; u += step) {
+    ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
+      GradientBlock<T, decltype(vecs)::value, decltype(partial)::value != 0>(a, map, u, Min(u + step, end), end, first,
+                                                                             tail);
+    });
+  }
 }
 
-static uint64_t Touch(const char* table, int64_t row_bytes, const int64_t* indices, int64_t begin, int64_t end,
-                      int64_t n, int64_t distance) {
+static uint64_t ReadRows(const char* table, int64_t num_rows, int64_t row_bytes, const int64_t* indices, int64_t begin,
+                         int64_t end, int64_t n, int64_t distance) {
+  const Prefetcher fetch(table, num_rows, row_bytes);
   WordBits seen = {};
   uint64_t tail = 0;
   for (int64_t p = begin; p < end; ++p) {
-    if (distance && p + distance < n)
-      PrefetchRow(table + static_cast<uint64_t>(indices[p + distance]) * row_bytes, row_bytes);
-    const char* row = table + indices[p] * row_bytes;
+    if (distance && p + distance < n) fetch.Fetch(indices[p + distance]);
+    const int64_t index = __atomic_load_n(indices + p, __ATOMIC_RELAXED);
+    if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(num_rows)) continue;
+    const char* row = table + index * row_bytes;
     int64_t offset = 0;
     for (; offset + kVecBytes <= row_bytes; offset += kVecBytes) {
       WordBits word;
@@ -442,7 +353,7 @@ const CpuKernels kKernels = {
      {Forward<Int8, int32_t>, Forward<Int8, int64_t>}},
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
     {Update<float>, Update<double>, Update<BFloat16>, Update<Float16>},
-    Touch,
+    ReadRows,
 };
 
 }  // namespace DEEPFM_ISA

@@ -60,9 +60,7 @@ int64_t FmForward(const ForwardArgs& args, const Parallel& parallel) {
   std::atomic<int64_t> first_bad{shape.num_pairs};
   parallel.For(shape.num_samples, kGrainElements / std::max<int64_t>(1, elements), [&](int64_t begin, int64_t end) {
     const int64_t bad = forward(args, begin, end);
-    int64_t seen = first_bad.load();
-    while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
-    }
+    if (bad >= 0) AtomicMin(&first_bad, bad);
   });
   return first_bad.load() == shape.num_pairs ? -1 : first_bad.load();
 }

@@ -24,7 +24,8 @@ struct PairPositions {
 class RowGroups {
  public:
   // indices: int32 or int64 [n]. Returns -1, or the smallest p with indices[p] outside [0, num_rows);
-  // then the groups are empty.
+  // then the groups are empty. Of indices that another thread writes meanwhile any state may be grouped, but never
+  // an index that is out of range.
   int64_t Build(const void* indices, IndexType type, int64_t n, int64_t num_rows, const Parallel& parallel);
 
   int64_t size() const { return size_; }
@@ -36,11 +37,10 @@ class RowGroups {
  private:
   template <typename I>
   int64_t BuildTyped(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
-  // For indices that ascend strictly: every pair is a group.
   template <typename I>
-  int64_t Adopt(const I* indices, int64_t n, const Parallel& parallel);
+  bool TakeAscending(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
   template <typename Item, typename I>
-  void Sort(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
+  int64_t Sort(const I* indices, int64_t n, int64_t num_rows, const Parallel& parallel);
   template <typename Item>
   void FindGroups(const Item* items, int64_t n, const Parallel& parallel);
 

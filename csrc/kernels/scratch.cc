@@ -2,92 +2,94 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <limits>
-#include <mutex>
 #include <new>
-#include <vector>
 
 namespace deepfm {
 namespace {
 
-constexpr int64_t kHeader = 64;                    // holds the block's size, keeps the alignment
-constexpr int64_t kMostKept = int64_t{256} << 20;  // bytes in the free list, over all threads
-constexpr int64_t kPage = 4096;
+constexpr int64_t kHeader = 64;                    // holds the block's size class, keeps the alignment
+constexpr int64_t kMostKept = int64_t{256} << 20;  // bytes, over all threads
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
-struct Block {
-  int64_t bytes;
-  char* start;
-};
+// Sizes go up in quarters of a power of two, from 256 bytes to kMostKept; larger blocks are not kept.
+constexpr int kSmallest = 8, kLargest = 28, kClasses = 4 * (kLargest - kSmallest) + 1, kKeptPerClass = 8;
+constexpr int64_t SizeOf(int size_class) { return int64_t{4 + size_class % 4} << (kSmallest - 2 + size_class / 4); }
 
-std::mutex& Mutex() {
-  static std::mutex mutex;
-  return mutex;
+std::atomic<char*> kept[kClasses][kKeptPerClass];
+std::atomic<int64_t> kept_bytes{0};
+std::atomic<unsigned> oldest{0};  // where to look for blocks that nobody came back for
+
+int ClassFor(int64_t bytes) {
+  if (bytes <= SizeOf(0)) return 0;
+  const int power = 63 - __builtin_clzll(static_cast<uint64_t>(bytes - 1));  // 2^power < bytes <= 2^(power + 1)
+  return 4 * (power - kSmallest) + static_cast<int>((bytes - 1) >> (power - 2)) - 3;
 }
 
-std::vector<Block>& Free() {
-  static auto* blocks = new std::vector<Block>;  // never destroyed: threads may outlive static objects
-  return *blocks;
+char* TakeFrom(std::atomic<char*>* place, int size_class) {
+  char* block = place->load(std::memory_order_relaxed) ? place->exchange(nullptr) : nullptr;
+  if (block) kept_bytes.fetch_sub(SizeOf(size_class));
+  return block;
+}
+
+// Frees kept blocks, class by class, as long as there are too many bytes of them; it looks at a few places a call.
+void MakeRoom() {
+  for (int looks = 0; looks < 4 * kKeptPerClass && kept_bytes.load() > kMostKept; ++looks) {
+    const unsigned i = oldest.fetch_add(1) % (kClasses * kKeptPerClass);
+    std::free(TakeFrom(&kept[i / kKeptPerClass][i % kKeptPerClass], static_cast<int>(i / kKeptPerClass)));
+  }
 }
 
 }  // namespace
 
 void* TakeScratch(int64_t bytes) {
-  if (bytes < 0 || bytes > std::numeric_limits<int64_t>::max() - 2 * kHugePage) throw std::bad_alloc();
-  int64_t needed = (bytes + kHeader + kPage - 1) / kPage * kPage;
-  Block block = {0, nullptr};
-  {
-    std::lock_guard<std::mutex> lock(Mutex());
-    auto& free = Free();
-    size_t best = free.size();
-    for (size_t i = 0; i < free.size(); ++i) {
-      // The smallest that fits, unless it is so large that another caller will miss it.
-      if (free[i].bytes >= needed && free[i].bytes <= 4 * needed &&
-          (best == free.size() || free[i].bytes < free[best].bytes))
-        best = i;
-    }
-    if (best < free.size()) {
-      block = free[best];
-      free[best] = free.back();
-      free.pop_back();
-    }
+  int64_t needed;
+  if (bytes < 0 || __builtin_add_overflow(bytes, kHeader + kHugePage, &needed)) throw std::bad_alloc();
+  needed -= kHugePage;
+  const int size_class = ClassFor(needed);
+  if (size_class < kClasses) {
+    for (std::atomic<char*>& place : kept[size_class])
+      if (char* block = TakeFrom(&place, size_class)) return block + kHeader;
+    needed = SizeOf(size_class);
   }
-  if (!block.start) {
-    const bool huge = needed >= 2 * kHugePage;
-    if (huge) needed = (needed + kHugePage - 1) / kHugePage * kHugePage;
-    block = {needed, static_cast<char*>(std::aligned_alloc(huge ? kHugePage : 64, static_cast<size_t>(needed)))};
-    if (!block.start) throw std::bad_alloc();
-    if (huge) madvise(block.start, static_cast<size_t>(needed), MADV_HUGEPAGE);
-    *reinterpret_cast<int64_t*>(block.start) = needed;
-  }
-  return block.start + kHeader;
+  const bool huge = needed >= 2 * kHugePage;
+  const int64_t alignment = huge ? kHugePage : kHeader;
+  needed = (needed + alignment - 1) / alignment * alignment;
+  char* block = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(needed)));
+  if (!block) throw std::bad_alloc();
+  if (huge) madvise(block, static_cast<size_t>(needed), MADV_HUGEPAGE);
+  *reinterpret_cast<int*>(block) = size_class;
+  return block + kHeader;
 }
 
-void PreferHugePages(void* data, int64_t bytes) {
+void GiveBackScratch(void* data) {
+  char* block = static_cast<char*>(data) - kHeader;
+  const int size_class = *reinterpret_cast<int*>(block);
+  if (size_class < kClasses) {
+    const int64_t bytes = SizeOf(size_class);
+    kept_bytes.fetch_add(bytes);
+    MakeRoom();
+    if (kept_bytes.load() <= kMostKept) {
+      for (std::atomic<char*>& place : kept[size_class]) {
+        char* none = nullptr;
+        if (place.compare_exchange_strong(none, block)) return;
+      }
+    }
+    kept_bytes.fetch_sub(bytes);
+  }
+  std::free(block);
+}
+
+void PreferHugePages(const void* data, int64_t bytes) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
   const uintptr_t mask = kHugePage - 1, start = (reinterpret_cast<uintptr_t>(data) + mask) & ~mask,
                   stop = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~mask;
   if (start >= stop) return;
   madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
   madvise(reinterpret_cast<void*>(start), stop - start, kCollapse);
-}
-
-void GiveBackScratch(void* data) {
-  char* start = static_cast<char*>(data) - kHeader;
-  const int64_t bytes = *reinterpret_cast<int64_t*>(start);
-  {
-    std::lock_guard<std::mutex> lock(Mutex());
-    auto& free = Free();
-    int64_t kept = bytes;
-    for (const Block& block : free) kept += block.bytes;
-    if (kept <= kMostKept) {
-      free.push_back({bytes, start});
-      return;
-    }
-  }
-  std::free(start);
 }
 
 }  // namespace deepfm

@@ -6,14 +6,14 @@
 
 namespace deepfm {
 
-// At least `bytes` bytes, aligned to a cache line; taken from, and given back to, a list of free
-// blocks that all threads share. Throws std::bad_alloc.
+// At least `bytes` bytes, aligned to a cache line. Blocks that were given back are kept, a few of each size, and serve
+// all threads. There is no lock, so that a forked child can use what it has of them. Throws std::bad_alloc.
 void* TakeScratch(int64_t bytes);
 void GiveBackScratch(void* block);
 
 // Asks the system to keep these bytes in huge pages, now if it can: random rows of a large table then
 // cost fewer TLB misses. A wish only; the contents stay as they are.
-void PreferHugePages(void* data, int64_t bytes);
+void PreferHugePages(const void* data, int64_t bytes);
 
 // An uninitialized array.
 template <typename T>

@@ -1,16 +1,5 @@
 // The body of the row updates. Included by fm_cpu-inl.h, in the namespace of one instruction set.
 
-// The sum of the gradients of group u, columns [c, c + tail).
-template <bool kPartial, typename T>
-static inline VecOf<T> GroupSum(const UpdateArgs& a, const int64_t* starts, const PairPositions& positions, int64_t u,
-                                int64_t c, int tail) {
-  const T* gradient = static_cast<const T*>(a.gradient) + c;
-  VecOf<T> sum = {};
-  for (int64_t j = starts[u]; j < starts[u + 1]; ++j)
-    sum += Load<kPartial>(gradient + PositionOf(positions, j) * a.dim, tail);
-  return sum;
-}
-
 // What a row's move does to the lag of its average. A product that is rounded before it is subtracted, as everybody
 // computes who does not fuse the two: the asm keeps the compiler from doing so.
 template <typename V, typename A>
@@ -24,19 +13,6 @@ static inline V LagAfter(V lag, V before, V after, A scale) {
   return lag - move;
 }
 
-template <typename A>
-static inline A LagScale(const UpdateArgs& a) {
-  return a.lag ? static_cast<const A*>(a.hyper)[ShapeOf(a.rule).hyper] : A(0);
-}
-
-// How much farther than by its rule a row moves.
-template <typename A>
-static inline A Farther(const UpdateArgs& a, int64_t row) {
-  const A* hyper = static_cast<const A*>(a.hyper) + ShapeOf(a.rule).hyper + (a.lag ? 1 : 0);
-  const A rare = hyper[0], seen = hyper[1];
-  return rare * A(kRareCount) / (A(kRareCount) + seen * static_cast<A>(a.counts[row]));
-}
-
 // Calls fn(Int<partial>, first column, lanes) for each register of a row.
 template <typename T, typename Fn>
 static inline void ForRegisters(int64_t dim, const Fn& fn) {
@@ -46,93 +22,123 @@ static inline void ForRegisters(int64_t dim, const Fn& fn) {
   if (c < dim) fn(Int<1>(), c, static_cast<int>(dim - c));
 }
 
+// What every rule works with: the rows and the gradients of the groups, and the parts that all rules share.
+template <typename T, int kSlots>
+struct Updated {
+  typedef AccOf<T> A;
+  typedef VecOf<T> V;
+  static constexpr int64_t kSize = sizeof(T);
+  const UpdateArgs& a;
+  const A* const hyper = static_cast<const A*>(a.hyper);
+  const int64_t dim = a.dim, slot_dim = a.rule == Rule::kRowWiseAdagrad ? 1 : dim;
+  T* const table = static_cast<T*>(a.table);
+  T* const slots[kMostSlots] = {static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
+  T* const lag = static_cast<T*>(a.lag);
+  const A decay = hyper[0];
+  const A* const more = hyper + ShapeOf(a.rule).hyper;  // the numbers behind those of the rule
+  const A lag_scale = lag ? more[0] : A(0);
+  const A rare = a.counts ? more[lag ? 1 : 0] : A(0), seen = a.counts ? more[lag ? 2 : 1] : A(0);
+  const int64_t* const row_of = a.groups->rows();
+  const int64_t* const starts = a.groups->starts();
+  const PairPositions positions = a.groups->positions();
+
+  const int64_t num_rows = a.num_rows;
+  const Prefetcher fetch_row{table, num_rows, dim * kSize}, fetch_lag{lag, num_rows, dim * kSize},
+      fetch_count{a.counts, num_rows, sizeof(int32_t)},
+      fetch_gradient{static_cast<const T*>(a.gradient), a.groups->num_pairs(), dim * kSize};
+  const Prefetcher fetch_slots[kMostSlots] = {{slots[0], num_rows, slot_dim * kSize},
+                                              {slots[1], num_rows, slot_dim * kSize}};
+
+  DEEPFM_INLINE void Fetch(int64_t row) const {
+    fetch_row.Fetch(row);
+    for (int i = 0; i < kSlots; ++i) fetch_slots[i].Fetch(row);
+    fetch_lag.Fetch(row);
+    fetch_count.Fetch(row);
+  }
+  DEEPFM_INLINE void FetchGradient(int64_t j) const { fetch_gradient.Fetch(PositionOf(positions, j)); }
+  // The sum of the gradients of group u, columns [c, c + tail).
+  template <bool kPartial>
+  DEEPFM_INLINE V GroupSum(int64_t u, int64_t c, int tail) const {
+    const T* gradient = static_cast<const T*>(a.gradient) + c;
+    V sum = {};
+    for (int64_t j = starts[u]; j < starts[u + 1]; ++j)
+      sum += Load<kPartial>(gradient + PositionOf(positions, j) * dim, tail);
+    return sum;
+  }
+  // How much farther than by its rule a row moves.
+  DEEPFM_INLINE A Farther(int64_t row) const {
+    return a.counts ? rare * A(kRareCount) / (A(kRareCount) + seen * static_cast<A>(a.counts[row])) : A(0);
+  }
+  // Moves columns p of a row by a rule's step(p), after the decay, and its average's lag along.
+  template <typename F, typename Step>
+  DEEPFM_INLINE void Move(V* p, V* late, const F& farther, const Step& step) const {
+    const V before = *p;
+    if (decay != 0) *p -= *p * decay;
+    step(*p);
+    if (a.counts) *p += (*p - before) * farther;
+    if (lag) *late = LagAfter(*late, before, *p, lag_scale);
+  }
+};
+
 // Rows of one element, a register of them at a time: one division and square root serve them all.
 template <typename T, int kSlots, typename Step>
 static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   constexpr int lanes = kLanes<T>, distance = 2 * lanes;
-  constexpr int most = 2 + kMostSlots;
-  T* arrays[most] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
-  arrays[1 + kSlots] = static_cast<T*>(a.lag);
-  const int count = a.lag ? 2 + kSlots : 1 + kSlots;
-  const int64_t* row_of = a.groups->rows();
-  const int64_t* starts = a.groups->starts();
-  const PairPositions positions = a.groups->positions();
-  const A decay = static_cast<const A*>(a.hyper)[0], lag_scale = LagScale<A>(a);
+  const Updated<T, kSlots> rows{a};
+  T* arrays[2 + kMostSlots] = {rows.table, rows.slots[0], rows.slots[1]};
+  arrays[1 + kSlots] = rows.lag;
+  const int count = rows.lag ? 2 + kSlots : 1 + kSlots;
   for (int64_t u = begin; u < end; u += lanes) {
     const int n = static_cast<int>(Min(lanes, end - u));
-    A g[lanes] = {}, x[most][lanes] = {}, farther[lanes] = {};
+    A g[lanes] = {}, farther[lanes] = {}, x[2 + kMostSlots][lanes] = {};
     for (int l = 0; l < n; ++l) {
-      if (a.counts) {
-        if (u + l + distance < end) __builtin_prefetch(a.counts + row_of[u + l + distance]);
-        farther[l] = Farther<A>(a, row_of[u + l]);
-      }
+      const int64_t row = rows.row_of[u + l], ahead = rows.row_of[Min(u + l + distance, end - 1)];
+      if (a.counts) __builtin_prefetch(a.counts + ahead);
       for (int i = 0; i < count; ++i) {
-        if (u + l + distance < end) __builtin_prefetch(arrays[i] + row_of[u + l + distance]);
-        x[i][l] = LoadOne(arrays[i] + row_of[u + l]);
+        __builtin_prefetch(arrays[i] + ahead);
+        x[i][l] = LoadOne(arrays[i] + row);
       }
-      g[l] = GroupSum<true, T>(a, starts, positions, u + l, 0, 1)[0];
+      g[l] = rows.template GroupSum<true>(u + l, 0, 1)[0];
+      farther[l] = rows.Farther(row);
     }
-    V v[most], gradient;
+    V gradient, more, v[2 + kMostSlots];
     __builtin_memcpy(&gradient, g, sizeof(gradient));
+    __builtin_memcpy(&more, farther, sizeof(more));
     __builtin_memcpy(v, x, sizeof(v));
-    const V before = v[0];
-    if (decay != 0) v[0] -= v[0] * decay;
-    step(gradient, v[0], v + 1);
-    if (a.counts) {
-      V more;
-      __builtin_memcpy(&more, farther, sizeof(more));
-      v[0] += (v[0] - before) * more;
-    }
-    if (a.lag) v[1 + kSlots] = LagAfter(v[1 + kSlots], before, v[0], lag_scale);
+    rows.Move(&v[0], &v[1 + kSlots], more, [&](V& p) __attribute__((always_inline)) { step(gradient, p, v + 1); });
     __builtin_memcpy(x, v, sizeof(v));
     for (int l = 0; l < n; ++l)
-      for (int i = 0; i < count; ++i) StoreOne(arrays[i] + row_of[u + l], x[i][l]);
+      for (int i = 0; i < count; ++i) StoreOne(arrays[i] + rows.row_of[u + l], x[i][l]);
   }
 }
 
 // Groups [begin, end); step(g, p, s) updates a register of the row, p, and of its slots, s.
 template <typename T, int kSlots, typename Step>
 static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
-  typedef AccOf<T> A;
   typedef VecOf<T> V;
   if (a.dim == 1) return UpdateElements<T, kSlots>(a, begin, end, step);
-  T* arrays[2 + kMostSlots] = {static_cast<T*>(a.table), static_cast<T*>(a.slots[0]), static_cast<T*>(a.slots[1])};
-  T* const lag = static_cast<T*>(a.lag);
-  arrays[1 + kSlots] = lag;
-  const int count = lag ? 2 + kSlots : 1 + kSlots;
-  const int64_t* row_of = a.groups->rows();
-  const int64_t* starts = a.groups->starts();
-  const PairPositions positions = a.groups->positions();
-  const A decay = static_cast<const A*>(a.hyper)[0], lag_scale = LagScale<A>(a);
+  const Updated<T, kSlots> rows{a};
   const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t distance = PrefetchDistance(row_bytes * count);
-  const int64_t stop = starts[end];
+  const int64_t distance = PrefetchDistance(row_bytes * (1 + kSlots + (rows.lag ? 1 : 0)));
+  const int64_t stop = rows.starts[end];
   for (int64_t u = begin; u < end; ++u) {
-    if (u + distance < end) {
-      if (a.counts) __builtin_prefetch(a.counts + row_of[u + distance]);
-      for (int i = 0; i < count; ++i)
-        PrefetchRow(reinterpret_cast<const char*>(arrays[i] + row_of[u + distance] * a.dim), row_bytes);
-    }
-    for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
-      PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
-    const int64_t row = row_of[u] * a.dim;
-    const A farther = a.counts ? Farther<A>(a, row_of[u]) : A(0);
+    if (u + distance < end) rows.Fetch(rows.row_of[u + distance]);
+    for (int64_t j = rows.starts[u]; j < rows.starts[u + 1] && j + distance < stop; ++j)
+      rows.FetchGradient(j + distance);
+    const int64_t row = rows.row_of[u] * a.dim;
+    const AccOf<T> farther = rows.Farther(rows.row_of[u]);
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       constexpr bool kPartial = decltype(partial)::value != 0;
-      const V g = GroupSum<kPartial, T>(a, starts, positions, u, c, tail);
-      V v[1 + kMostSlots];
-      for (int i = 0; i <= kSlots; ++i) v[i] = Load<kPartial>(arrays[i] + row + c, tail);
-      const V before = v[0];
-      if (decay != 0) v[0] -= v[0] * decay;
-      step(g, v[0], v + 1);
-      if (a.counts) v[0] += (v[0] - before) * farther;
-      if (lag) {
-        const V late = LagAfter(Load<kPartial>(lag + row + c, tail), before, v[0], lag_scale);
-        Store<kPartial>(lag + row + c, late, tail);
-      }
-      for (int i = 0; i <= kSlots; ++i) Store<kPartial>(arrays[i] + row + c, v[i], tail);
+      const V g = rows.template GroupSum<kPartial>(u, c, tail);
+      V p = Load<kPartial>(rows.table + row + c, tail), late = {}, s[kMostSlots];
+      for (int i = 0; i < kSlots; ++i) s[i] = Load<kPartial>(rows.slots[i] + row + c, tail);
+      if (rows.lag) late = Load<kPartial>(rows.lag + row + c, tail);
+      rows.Move(&p, &late, farther, [&](V& p) __attribute__((always_inline)) { step(g, p, s); });
+      Store<kPartial>(rows.table + row + c, p, tail);
+      for (int i = 0; i < kSlots; ++i) Store<kPartial>(rows.slots[i] + row + c, s[i], tail);
+      if (rows.lag) Store<kPartial>(rows.lag + row + c, late, tail);
     });
   }
 }
@@ -142,47 +148,33 @@ template <typename T>
 static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
-  T* table = static_cast<T*>(a.table);
-  T* slot = static_cast<T*>(a.slots[0]);
-  T* lag = static_cast<T*>(a.lag);
-  const int64_t* row_of = a.groups->rows();
-  const int64_t* starts = a.groups->starts();
-  const PairPositions positions = a.groups->positions();
-  const A* hyper = static_cast<const A*>(a.hyper);
-  const A decay = hyper[0], rate = hyper[1], epsilon = hyper[2], lag_scale = LagScale<A>(a);
-  const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
-  const int64_t distance = PrefetchDistance(row_bytes);
-  const int64_t stop = starts[end];
+  const Updated<T, 1> rows{a};
+  const A rate = rows.hyper[1], epsilon = rows.hyper[2];
+  const int64_t distance = PrefetchDistance(a.dim * static_cast<int64_t>(sizeof(T)));
+  const int64_t stop = rows.starts[end];
   for (int64_t u = begin; u < end; ++u) {
-    if (u + distance < end) {
-      PrefetchRow(reinterpret_cast<const char*>(table + row_of[u + distance] * a.dim), row_bytes);
-      __builtin_prefetch(slot + row_of[u + distance]);
-      if (a.counts) __builtin_prefetch(a.counts + row_of[u + distance]);
-      if (lag) PrefetchRow(reinterpret_cast<const char*>(lag + row_of[u + distance] * a.dim), row_bytes);
-    }
-    for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
-      PrefetchRow(static_cast<const char*>(a.gradient) + PositionOf(positions, j + distance) * row_bytes, row_bytes);
+    if (u + distance < end) rows.Fetch(rows.row_of[u + distance]);
+    for (int64_t j = rows.starts[u]; j < rows.starts[u + 1] && j + distance < stop; ++j)
+      rows.FetchGradient(j + distance);
     V squares = {};
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
-      const V g = GroupSum<decltype(partial)::value != 0, T>(a, starts, positions, u, c, tail);
+      const V g = rows.template GroupSum<decltype(partial)::value != 0>(u, c, tail);
       squares += g * g;
     });
-    const A s = LoadOne(slot + row_of[u]) + HorizontalSum(squares) / static_cast<A>(a.dim);
-    StoreOne(slot + row_of[u], s);
-    const A scale = rate / (Sqrt(V{} + s)[0] + epsilon);
-    const A farther = a.counts ? Farther<A>(a, row_of[u]) : A(0);
+    T* const slot = rows.slots[0] + rows.row_of[u];
+    const A s = LoadOne(slot) + HorizontalSum(squares) / static_cast<A>(a.dim);
+    StoreOne(slot, s);
+    const A scale = rate / (Sqrt(V{} + s)[0] + epsilon), farther = rows.Farther(rows.row_of[u]);
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       constexpr bool kPartial = decltype(partial)::value != 0;
-      V p = Load<kPartial>(table + row_of[u] * a.dim + c, tail);
-      const V before = p;
-      if (decay != 0) p -= p * decay;
-      p -= GroupSum<kPartial, T>(a, starts, positions, u, c, tail) * scale;
-      if (a.counts) p += (p - before) * farther;
-      if (lag) {
-        T* here = lag + row_of[u] * a.dim + c;
-        Store<kPartial>(here, LagAfter(Load<kPartial>(here, tail), before, p, lag_scale), tail);
-      }
-      Store<kPartial>(table + row_of[u] * a.dim + c, p, tail);
+      T* const here = rows.table + rows.row_of[u] * a.dim + c;
+      T* const lag = rows.lag ? rows.lag + rows.row_of[u] * a.dim + c : nullptr;
+      const V g = rows.template GroupSum<kPartial>(u, c, tail);
+      V p = Load<kPartial>(here, tail), late = {};
+      if (lag) late = Load<kPartial>(lag, tail);
+      rows.Move(&p, &late, farther, [&](V& p) __attribute__((always_inline)) { p -= g * scale; });
+      Store<kPartial>(here, p, tail);
+      if (lag) Store<kPartial>(lag, late, tail);
     });
   }
 }

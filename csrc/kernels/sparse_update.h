@@ -44,6 +44,7 @@ inline RuleShape ShapeOf(Rule rule) {
 struct UpdateArgs {
   Rule rule = Rule::kSgd;
   TableType table_type = TableType::kFloat32;
+  int64_t num_rows = 0;                          // V
   int64_t dim = 0;                               // K
   void* table = nullptr;                         // T   [V,K]
   void* slots[kMostSlots] = {nullptr, nullptr};  // T   [V,K], or [V] (kRowWiseAdagrad)

@@ -10,9 +10,9 @@
 #include <cmath>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "../kernels/checks.h"
 #include "../kernels/cpu_kernels.h"
 #include "../kernels/fm.h"
 #include "../tables/fingerprint.h"
@@ -27,7 +27,7 @@ void BindLibsvm(py::module_& parent);  // libsvm.cc
 
 namespace {
 
-std::string ShapeOf(const py::array& array) { return py::str(array.attr("shape")); }
+Sizes SizesOf(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
 std::string DtypeOf(const py::array& array) { return py::str(array.dtype()); }
 
 [[noreturn]] void Fail(const std::string& text) { throw py::value_error(text); }
@@ -71,18 +71,8 @@ std::string Check(const char* name, const py::array& array, std::initializer_lis
   return dtype;
 }
 
-template <typename Shape>
-void CheckShape(const char* name, const py::array& array, const Shape& want) {
-  bool same = array.ndim() == static_cast<py::ssize_t>(want.size());
-  for (py::ssize_t i = 0; same && i < array.ndim(); ++i) same = array.shape(i) == *(want.begin() + i);
-  if (same) return;
-  std::string text = "(";
-  for (int64_t size : want) text += std::to_string(size) + ", ";
-  Fail(std::string(name) + " must have shape " + text + "), got " + ShapeOf(array));
-}
-
 // An uninitialized array whose memory is kept for the next one when it dies: no page is faulted in afresh.
-py::array MakeArray(const py::dtype& dtype, const std::vector<int64_t>& shape) {
+py::array MakeArray(const py::dtype& dtype, const Sizes& shape) {
   int64_t bytes = dtype.itemsize();
   for (int64_t size : shape)
     if (__builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
@@ -105,104 +95,65 @@ Output OutputOf(const std::string& output) {
   Fail("output must be one of sum, scalar, vector, got '" + output + "'");
 }
 
-// The arguments that forward and gradient share, validated.
+std::string CheckTable(const py::array& table, bool forward) {
+  if (forward) return Check("table", table, {"float32", "float64", "bfloat16", "float16", "uint8", "uint16"});
+  return Check("table", table, {"float32", "float64", "bfloat16", "float16"});
+}
+
+int CheckThreads(std::optional<int> threads) {
+  if (threads && *threads < 1) Fail("threads must be at least 1, got " + std::to_string(*threads));
+  return threads.value_or(ThreadPool::cores());
+}
+
+// The arguments that forward and gradient share, checked.
 struct Inputs {
-  FmShape shape;
-  TableType table_type;
-  IndexType index_type;
-  Output output;
-  const char* acc;
+  const py::array &table, &indices;
+  const TableType table_type;
+  const IndexType index_type;
+  const Output output;
+  const char* const acc;  // the dtype of sums
   const void* values = nullptr;
-  std::vector<int64_t> field_splits;
-  int threads;
+  const CheckedShape checked;
+  const FmShape& shape;
+  const int threads;
 
   Inputs(const py::array& table, const py::array& indices, const std::optional<py::array>& values_array,
-         const std::optional<py::array>& row_splits, const std::optional<std::vector<int64_t>>& splits,
-         const std::string& output_name, std::optional<int> num_threads, bool forward = false) {
-    const std::string dtype =
-        forward ? Check("table", table, {"float32", "float64", "bfloat16", "float16", "uint8", "uint16"})
-                : Check("table", table, {"float32", "float64", "bfloat16", "float16"});
-    if (table.ndim() != 2) Fail("table must be rank 2 [V, K], got shape " + ShapeOf(table));
-    index_type = Check("indices", indices, {"int32", "int64"}) == "int32" ? IndexType::kInt32 : IndexType::kInt64;
-    table_type = TableTypeOf(dtype);
-    acc = dtype == "float64" ? "float64" : "float32";
-    output = OutputOf(output_name);
-    shape.num_rows = table.shape(0);
-    shape.dim = table.shape(1) - (table_type == TableType::kInt8 ? kInt8Header : 0);
-    if (shape.dim < 0) Fail("a row of uint8 must have at least 6 bytes, got shape " + ShapeOf(table));
-    shape.num_pairs = indices.size();
-    if (values_array) {
-      Check("values", *values_array, {acc});
-      CheckShape("values", *values_array, std::vector<int64_t>{indices.shape(), indices.shape() + indices.ndim()});
-      values = values_array->data();
-    }
-    if (row_splits) {
-      if (splits) Fail("field_splits needs indices of rank 2, not row_splits");
-      if (indices.ndim() != 1) Fail("indices must be rank 1 [nnz] with row_splits, got shape " + ShapeOf(indices));
-      Check("row_splits", *row_splits, {"int64"});
-      ReadRowSplits(*row_splits);
-    } else {
-      if (indices.ndim() != 2)
-        Fail("indices must be rank 2 [B, F], or rank 1 with row_splits, got shape " + ShapeOf(indices));
-      shape.num_samples = indices.shape(0);
-      shape.pairs_per_sample = indices.shape(1);
-      if (splits) ReadFieldSplits(*splits);
-    }
-    // Asked once: the answer takes a file of the operating system's.
-    static const int cores = static_cast<int>(std::thread::hardware_concurrency());
-    threads = num_threads.value_or(cores);
-    if (threads < 1) Fail("threads must be at least 1, got " + std::to_string(threads));
-  }
+         const std::optional<py::array>& row_splits, const std::optional<std::vector<int64_t>>& field_splits,
+         const std::string& output_name, std::optional<int> num_threads, bool forward = false)
+      : table(table),
+        indices(indices),
+        table_type(TableTypeOf(CheckTable(table, forward))),
+        index_type(Check("indices", indices, {"int32", "int64"}) == "int32" ? IndexType::kInt32 : IndexType::kInt64),
+        output(OutputOf(output_name)),
+        acc(table_type == TableType::kFloat64 ? "float64" : "float32"),
+        checked(CheckArrays(values_array, row_splits, field_splits)),
+        shape(checked.shape),
+        threads(CheckThreads(num_threads)) {}
 
+  Parallel Pool() const { return ThreadPool::Get().Lend(threads); }
   py::dtype AccDtype() const {
     return table_type == TableType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>();
   }
-  int64_t fields() const { return shape.field_splits ? shape.num_fields : shape.pairs_per_sample; }
-  std::vector<int64_t> InteractionShape() const {
-    return {shape.num_samples, output == Output::kScalar ? 1 : shape.dim};
-  }
-  std::vector<int64_t> EmbeddingsShape() const {
-    if (shape.row_splits) return {shape.num_pairs, shape.dim};
-    return {shape.num_samples, fields(), shape.dim};
+  void CheckIndices(int64_t bad) const {
+    deepfm::CheckIndices(bad, indices.data(), index_type, SizesOf(indices), shape.num_rows);
   }
 
  private:
-  void ReadRowSplits(const py::array& array) {
-    if (array.ndim() != 1 || array.size() < 1) Fail("row_splits must be rank 1 [B + 1], got shape " + ShapeOf(array));
-    const int64_t* splits = static_cast<const int64_t*>(array.data());
-    const int64_t last = array.size() - 1;
-    auto at = [&](int64_t i) { return "row_splits[" + std::to_string(i) + "] = " + std::to_string(splits[i]); };
-    if (splits[0] != 0) Fail("row_splits must start at 0, got " + at(0));
-    for (int64_t i = 0; i < last; ++i)
-      if (splits[i + 1] < splits[i]) Fail("row_splits must not decrease, got " + at(i) + " and " + at(i + 1));
-    if (splits[last] != shape.num_pairs)
-      Fail("row_splits must end at nnz = " + std::to_string(shape.num_pairs) + ", got " + at(last));
-    shape.num_samples = last;
-    shape.row_splits = splits;
-  }
-
-  void ReadFieldSplits(const std::vector<int64_t>& splits) {
-    bool good = !splits.empty() && splits.front() == 0 && splits.back() == shape.pairs_per_sample;
-    for (size_t i = 1; i < splits.size(); ++i) good &= splits[i] >= splits[i - 1];
-    if (!good)
-      Fail("field_splits must go from 0 to the " + std::to_string(shape.pairs_per_sample) +
-           " columns of indices and not decrease");
-    field_splits = splits;
-    shape.field_splits = field_splits.data();
-    shape.num_fields = static_cast<int64_t>(splits.size()) - 1;
+  CheckedShape CheckArrays(const std::optional<py::array>& values_array, const std::optional<py::array>& row_splits,
+                           const std::optional<std::vector<int64_t>>& field_splits) {
+    Sizes values_sizes;
+    if (values_array) {
+      Check("values", *values_array, {acc});
+      values_sizes = SizesOf(*values_array);
+      values = values_array->data();
+    }
+    if (row_splits) Check("row_splits", *row_splits, {"int64"});
+    const Sizes splits_sizes = row_splits ? SizesOf(*row_splits) : Sizes{};
+    return CheckedShape(table_type, SizesOf(table), SizesOf(indices), values_array ? &values_sizes : nullptr,
+                        row_splits ? static_cast<const int64_t*>(row_splits->data()) : nullptr,
+                        row_splits ? &splits_sizes : nullptr, field_splits ? &*field_splits : nullptr);
   }
 };
-
-void CheckIndex(int64_t bad, const py::array& indices, const Inputs& in) {
-  if (bad < 0) return;
-  const int64_t index = in.index_type == IndexType::kInt32 ? static_cast<const int32_t*>(indices.data())[bad]
-                                                           : static_cast<const int64_t*>(indices.data())[bad];
-  std::string where = std::to_string(bad);
-  if (indices.ndim() == 2)
-    where = std::to_string(bad / indices.shape(1)) + "," + std::to_string(bad % indices.shape(1));
-  throw py::index_error("indices[" + where + "] = " + std::to_string(index) + " is not in [0, " +
-                        std::to_string(in.shape.num_rows) + ")");
-}
 
 py::tuple Forward(const py::array& table, const py::array& indices, const std::optional<py::array>& values,
                   const std::optional<py::array>& weights, const std::optional<py::array>& row_splits,
@@ -210,9 +161,8 @@ py::tuple Forward(const py::array& table, const py::array& indices, const std::o
                   bool return_embeddings, std::optional<int> threads) {
   Inputs in(table, indices, values, row_splits, field_splits, output, threads, true);
   const py::dtype acc = in.AccDtype();
-  py::array interaction(acc, in.InteractionShape()),
-      sums(acc, std::vector<int64_t>{in.shape.num_samples, in.shape.dim});
-  py::array embeddings = MakeArray(acc, return_embeddings ? in.EmbeddingsShape() : std::vector<int64_t>{0});
+  py::array interaction(acc, in.checked.Interaction(in.output)), sums(acc, Sizes{in.shape.num_samples, in.shape.dim});
+  py::array embeddings = MakeArray(acc, return_embeddings ? in.checked.Embeddings() : Sizes{0});
   ForwardArgs args;
   args.shape = in.shape;
   args.table_type = in.table_type;
@@ -227,25 +177,25 @@ py::tuple Forward(const py::array& table, const py::array& indices, const std::o
   py::object linear = py::none();
   const bool in_rows = in.table_type == TableType::kInt8;
   if (weights || in_rows) {
-    if (in.shape.dim == 0) Fail("weights need a table with at least one column");
     if (weights && in_rows) Fail("a table of uint8 holds the weights in its rows");
+    const Sizes weights_sizes = weights ? SizesOf(*weights) : Sizes{};
+    in.checked.CheckWeights(weights ? &weights_sizes : nullptr);
     if (weights) {
       if (NativeDtype(*weights) != NativeDtype(table))
         throw py::type_error("weights must have the dtype of table, " + DtypeOf(table) + ", got " + DtypeOf(*weights));
       Check("weights", *weights, {"float32", "float64", "bfloat16", "float16", "uint16"});
-      CheckShape("weights", *weights, std::vector<int64_t>{in.shape.num_rows, 1});
       args.weights = weights->data();
     }
-    py::array found(acc, std::vector<int64_t>{in.shape.num_samples, 1});
+    py::array found(acc, Sizes{in.shape.num_samples, 1});
     args.linear = found.mutable_data();
     linear = found;
   }
   int64_t bad;
   {
     py::gil_scoped_release release;
-    bad = FmForward(args, ThreadPool::Get().Lend(in.threads));
+    bad = FmForward(args, in.Pool());
   }
-  CheckIndex(bad, indices, in);
+  in.CheckIndices(bad);
   py::object maybe = py::none();
   if (return_embeddings) maybe = embeddings;
   return py::make_tuple(interaction, sums, maybe, linear);
@@ -257,36 +207,34 @@ py::tuple Gradient(const py::array& table, const py::array& indices, const std::
                    const std::optional<std::vector<int64_t>>& field_splits, const std::string& output, bool need_values,
                    std::optional<int> threads) {
   Inputs in(table, indices, values, row_splits, field_splits, output, threads);
-  auto check = [&](const char* name, const py::array& array, const std::vector<int64_t>& shape) {
-    Check(name, array, {in.acc});
-    CheckShape(name, array, shape);
-    return array.data();
-  };
+  Check("sums", sums, {in.acc});
+  Check("d_interaction", d_interaction, {in.acc});
+  if (embeddings) Check("embeddings", *embeddings, {in.acc});
+  if (d_embeddings) Check("d_embeddings", *d_embeddings, {in.acc});
+  const Sizes embeddings_sizes = embeddings ? SizesOf(*embeddings) : Sizes{},
+              d_embeddings_sizes = d_embeddings ? SizesOf(*d_embeddings) : Sizes{};
+  in.checked.CheckGradient(in.output, SizesOf(sums), SizesOf(d_interaction), embeddings ? &embeddings_sizes : nullptr,
+                           d_embeddings ? &d_embeddings_sizes : nullptr);
   GradientArgs args;
   args.shape = in.shape;
   args.table_type = in.table_type;
   args.output = in.output;
   args.table = table.data();
   args.values = in.values;
-  args.sums = check("sums", sums, {in.shape.num_samples, in.shape.dim});
-  args.d_interaction = check("d_interaction", d_interaction, in.InteractionShape());
-  if (embeddings) args.embeddings = check("embeddings", *embeddings, in.EmbeddingsShape());
-  if (d_embeddings) args.d_embeddings = check("d_embeddings", *d_embeddings, in.EmbeddingsShape());
-  if (!embeddings && in.shape.field_splits && in.output != Output::kSum)
-    Fail("embeddings are needed with field_splits");
+  args.sums = sums.data();
+  args.d_interaction = d_interaction.data();
+  args.embeddings = embeddings ? embeddings->data() : nullptr;
+  args.d_embeddings = d_embeddings ? d_embeddings->data() : nullptr;
   RowGroups groups;
   int64_t bad;
   {
     py::gil_scoped_release release;
-    bad = groups.Build(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows,
-                       ThreadPool::Get().Lend(in.threads));
+    bad = groups.Build(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, in.Pool());
   }
-  CheckIndex(bad, indices, in);
+  in.CheckIndices(bad);
   py::array unique = MakeArray(py::dtype::of<int64_t>(), {groups.size()});
   py::array rows = MakeArray(table.dtype(), {groups.size(), in.shape.dim});
-  py::array d_values =
-      MakeArray(in.AccDtype(), need_values ? std::vector<int64_t>{indices.shape(), indices.shape() + indices.ndim()}
-                                           : std::vector<int64_t>{0});
+  py::array d_values = MakeArray(in.AccDtype(), need_values ? SizesOf(indices) : Sizes{0});
   args.groups = &groups;
   args.rows = rows.mutable_data();
   args.d_values = need_values ? d_values.mutable_data() : nullptr;
@@ -294,7 +242,7 @@ py::tuple Gradient(const py::array& table, const py::array& indices, const std::
   {
     py::gil_scoped_release release;
     std::copy_n(groups.rows(), groups.size(), unique_data);
-    FmGradient(args, ThreadPool::Get().Lend(in.threads));
+    FmGradient(args, in.Pool());
   }
   py::object maybe = py::none();
   if (need_values) maybe = d_values;
@@ -306,7 +254,7 @@ py::array Head(const std::vector<py::array>& parts, float bias, bool sigmoid) {
   const int64_t batch = parts[0].size();
   for (const py::array& part : parts) {
     Check("parts", part, {"float32"});
-    CheckShape("parts", part, std::vector<int64_t>{batch, 1});
+    CheckShape("parts", SizesOf(part), {batch, 1});
   }
   py::array_t<float> scores(batch);
   float* score = scores.mutable_data();
@@ -342,12 +290,12 @@ py::array HashBuckets(const std::vector<py::object>& texts, int64_t buckets) {
   return found;
 }
 
-double Touch(const py::array& table, const py::array& indices, int64_t distance, std::optional<int> threads) {
-  Inputs in(table, indices, std::nullopt, std::nullopt, std::nullopt, "scalar", threads);
+double ReadRows(const py::array& table, const py::array& indices, int64_t distance, std::optional<int> threads) {
+  const Inputs in(table, indices, std::nullopt, std::nullopt, std::nullopt, "scalar", threads);
   if (in.index_type != IndexType::kInt64) throw py::type_error("indices must be int64 here");
   if (distance < 0) Fail("distance must not be negative, got " + std::to_string(distance));
-  const Parallel pool = ThreadPool::Get().Lend(in.threads);
-  CheckIndex(FirstOutOfRange(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, pool), indices, in);
+  const Parallel pool = in.Pool();
+  in.CheckIndices(FirstOutOfRange(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, pool));
   const int64_t row_bytes = in.shape.dim * table.itemsize(), n = in.shape.num_pairs;
   const char* rows = static_cast<const char*>(table.data());
   const int64_t* index = static_cast<const int64_t*>(indices.data());
@@ -355,7 +303,7 @@ double Touch(const py::array& table, const py::array& indices, int64_t distance,
   py::gil_scoped_release release;
   const auto start = std::chrono::steady_clock::now();
   pool.For(n, 4096, [&](int64_t begin, int64_t end) {
-    seen ^= Kernels().touch(rows, row_bytes, index, begin, end, n, distance);
+    seen ^= Kernels().read_rows(rows, in.shape.num_rows, row_bytes, index, begin, end, n, distance);
   });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -422,7 +370,7 @@ Raises:
     TypeError: something that is not text.
     ValueError: buckets below 1, or text that UTF-8 cannot hold.)");
   m.def(
-      "touch", &deepfm::Touch, "table"_a, "indices"_a, "distance"_a, "threads"_a = none,
+      "read_rows", &deepfm::ReadRows, "table"_a, "indices"_a, "distance"_a, "threads"_a = none,
       "Reads every byte of the rows and does nothing with them, prefetching `distance` rows ahead: the floor that the "
       "bench compares with. Returns the seconds that the loop took; checking the indices is not in them.");
   m.def("isa", &deepfm::Isa, "The instruction set in use: 'baseline', 'avx2' or 'avx512'.");

@@ -1,14 +1,19 @@
-// A small pool for callers without one of their own (NumPy, the fuzzer).
+// A small pool for callers without one of their own (NumPy, the fuzzers).
 #ifndef DEEPFM_PYTHON_THREAD_POOL_H_
 #define DEEPFM_PYTHON_THREAD_POOL_H_
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "../kernels/parallel.h"
 
@@ -16,86 +21,81 @@ namespace deepfm {
 
 class ThreadPool {
  public:
-  // One pool per process. It is never destroyed: its threads may still be waiting when static objects
-  // go away. A forked child has none of its parent's threads, so it gets a pool of its own.
+  // One pool per process. It is never destroyed: its threads may still be waiting when static objects go away.
   static ThreadPool& Get() {
-    static std::mutex mutex;
-    static ThreadPool* pool = nullptr;
-    static pid_t owner = 0;
-    std::lock_guard<std::mutex> lock(mutex);
-    if (!pool || owner != getpid()) {
-      pool = new ThreadPool;
-      owner = getpid();
-    }
+    ThreadPool* pool = current_.load();
+    if (pool) return *pool;
+    auto* fresh = new ThreadPool;
+    if (current_.compare_exchange_strong(pool, fresh)) return *fresh;
+    delete fresh;
     return *pool;
   }
 
-  // Lends `threads` threads, the caller's included. A call that finds the pool busy runs on its own.
+  // Lends at most `threads` threads, the caller's included, and no more than the machine has.
   Parallel Lend(int threads) {
     Parallel parallel;
-    parallel.threads = threads;
-    if (threads > 1) {
-      parallel.run = [this, threads](int64_t tasks, const std::function<void(int64_t)>& fn) {
-        Run(threads, tasks, fn);
-      };
-    }
+    parallel.threads = std::min(threads, kCores);
+    if (parallel.threads > 1) parallel.schedule = [this](std::function<void()> call) { Schedule(std::move(call)); };
     return parallel;
   }
 
+  static int cores() { return kCores; }
+
  private:
-  void Run(int threads, int64_t tasks, const std::function<void(int64_t)>& fn) {
-    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (tasks <= 1 || !turn.owns_lock()) {
-      for (int64_t i = 0; i < tasks; ++i) fn(i);
-      return;
-    }
+  static constexpr std::chrono::seconds kIdle{5};  // a thread that had nothing to do for so long ends
+
+  void Schedule(std::function<void()> call) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < threads - 1; ++workers_) std::thread([this, id = workers_] { Work(id); }).detach();
-      fn_ = &fn;
-      tasks_ = tasks;
-      helpers_ = threads - 1;
-      next_.store(0, std::memory_order_relaxed);
-      job_.fetch_add(1, std::memory_order_release);
+      waiting_.push_back(std::move(call));
+      num_waiting_.store(waiting_.size());
+      if (free_ < waiting_.size() && workers_ < kCores - 1) {
+        try {
+          std::thread([this] { Work(); }).detach();
+          ++workers_;
+          ++free_;
+        } catch (const std::system_error&) {  // no more threads: the caller does the work
+          if (workers_ == 0) waiting_.clear();
+        }
+      }
     }
-    wake_.notify_all();
-    DoTasks(fn, tasks);
+    wake_.notify_one();
+  }
+
+  void Work() {
     std::unique_lock<std::mutex> lock(mutex_);
-    fn_ = nullptr;  // who wakes up only now finds no job
-    done_.wait(lock, [this] { return active_ == 0; });
-  }
-
-  void DoTasks(const std::function<void(int64_t)>& fn, int64_t tasks) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(i);
-  }
-
-  void Work(int id) {
-    uint64_t seen = 0;
     while (true) {
-      // A short spin: jobs of one call follow each other within microseconds.
-      for (int i = 0; i < 4000 && job_.load(std::memory_order_acquire) == seen; ++i) __builtin_ia32_pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
-      seen = job_.load(std::memory_order_relaxed);
-      if (!fn_ || id >= helpers_) continue;
-      ++active_;
-      const auto* fn = fn_;
-      const int64_t tasks = tasks_;
       lock.unlock();
-      DoTasks(*fn, tasks);
+      // A short spin: jobs of one call follow each other within microseconds.
+      for (int i = 0; i < 4000 && num_waiting_.load() == 0; ++i) __builtin_ia32_pause();
       lock.lock();
-      if (--active_ == 0) done_.notify_one();
+      if (!wake_.wait_for(lock, kIdle, [this] { return !waiting_.empty(); })) break;
+      const std::function<void()> call = std::move(waiting_.front());
+      waiting_.pop_front();
+      num_waiting_.store(waiting_.size());
+      --free_;
+      lock.unlock();
+      call();
+      lock.lock();
+      ++free_;
     }
+    --free_;
+    --workers_;
   }
 
-  std::mutex turn_;   // held by the call whose job it is
+  // A forked child has none of its parent's threads, and locks as they were at that moment: it makes a pool of its own.
+  static void ForgetInChild() { current_.store(nullptr); }
+
+  static inline const int kCores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  static inline std::atomic<ThreadPool*> current_{nullptr};
+  static inline const int kRegistered = pthread_atfork(nullptr, nullptr, ForgetInChild);
+
   std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_, done_;
-  int workers_ = 0, helpers_ = 0, active_ = 0;
-  const std::function<void(int64_t)>* fn_ = nullptr;
-  int64_t tasks_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> job_{0};
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> waiting_;
+  std::atomic<size_t> num_waiting_{0};
+  size_t free_ = 0;  // threads that run no call
+  int workers_ = 0;
 };
 
 }  // namespace deepfm

@@ -131,7 +131,7 @@ Status GradientShape(InferenceContext* c) {
 // ---------------------------------------------------------------------------------------------
 // What forward and gradient share
 
-// Attributes and validated inputs of the forward and of its gradient.
+// Attributes and checked inputs of the forward and of its gradient.
 class FmKernel : public Kernel {
  public:
   explicit FmKernel(OpKernelConstruction* ctx) : Kernel(ctx) {
@@ -142,110 +142,77 @@ class FmKernel : public Kernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits_));
     output_ = output == "sum" ? Output::kSum : output == "scalar" ? Output::kScalar : Output::kVector;
     OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
-    for (size_t i = 0; i < field_splits_.size(); ++i) {
-      OP_REQUIRES(ctx, i == 0 ? field_splits_[0] == 0 : field_splits_[i] >= field_splits_[i - 1],
-                  InvalidArgument("field_splits must start at 0 and not decrease, got field_splits[", i,
-                                  "] = ", field_splits_[i]));
-    }
   }
 
  protected:
-  // The first-order weights, if there are any: they follow the values and the row_splits.
-  Status OpenWeights(OpKernelContext* ctx, const FmShape& shape, Table* weights, const void** data) const {
-    OpInputList list;
-    TF_RETURN_IF_ERROR(ctx->input_list("weights", &list));
-    if (list.size() == 0) return absl::OkStatus();
-    if (list.size() > 1) return InvalidArgument("weights must be one tensor, got ", list.size());
-    int first, last;
-    TF_RETURN_IF_ERROR(ctx->op_kernel().InputRange("weights", &first, &last));
-    TF_RETURN_IF_ERROR(weights->Open(ctx, first, "weights", dtype_));
-    if (shape.dim == 0) return InvalidArgument("weights need a table with at least one column");
-    *data = Data(weights->tensor());
-    return CheckShape("weights", weights->tensor(), {shape.num_rows, 1});
-  }
-
-  static Status CheckCounts(const OpInputList& counts, const OpInputList& priors, const FmShape& shape) {
-    if (counts.size() == 0) return absl::OkStatus();
-    if (counts.size() > 1) return InvalidArgument("counts must be one tensor, got ", counts.size());
-    TF_RETURN_IF_ERROR(CheckShape("counts", counts[0], {shape.num_rows}));
-    return CheckShape("priors", priors[0], {3});
-  }
-
-  Status ReadShape(OpKernelContext* ctx, const Tensor& table, FmShape* shape) {
-    const Tensor& indices = ctx->input(1);
-    OpInputList values, row_splits;
-    TF_RETURN_IF_ERROR(ctx->input_list("values", &values));
-    TF_RETURN_IF_ERROR(ctx->input_list("row_splits", &row_splits));
-    if (values.size() > 1 || row_splits.size() > 1)
-      return InvalidArgument("values and row_splits must be one tensor each, got ", values.size(), " and ",
-                             row_splits.size());
-    shape->num_rows = table.dim_size(0);
-    shape->dim = table.dim_size(1);
-    shape->num_pairs = indices.NumElements();
-    if (values.size()) {
-      if (values[0].dtype() != acc_dtype_)
-        return InvalidArgument("values must be ", tensorflow::DataTypeString(acc_dtype_), " for this table, got ",
-                               tensorflow::DataTypeString(values[0].dtype()));
-      if (values[0].shape() != indices.shape())
-        return InvalidArgument("values must have the shape of indices, ", indices.shape().DebugString(), ", got ",
-                               values[0].shape().DebugString());
+  // What every call brings.
+  struct Inputs {
+    Inputs(FmKernel* kernel, OpKernelContext* ctx)
+        : tables(ctx, kernel->dtype_, kernel->TableInputs()),
+          indices(ctx->input(1)),
+          values(Optional(ctx, "values")),
+          checked(kernel->Check(tables[0], indices, values, Optional(ctx, "row_splits"))),
+          shape(checked.shape) {
+      if (tables.size() > 1) {
+        const Sizes weights_sizes = SizesOf(tables[1]);
+        checked.CheckWeights(&weights_sizes);
+        weights = Data(tables[1]);
+      }
+      for (size_t i = 0; tables.are_variables() && i < tables.size(); ++i) kernel->huge_[i].Prefer(tables[i]);
     }
-    if (row_splits.size()) {
-      if (!field_splits_.empty()) return InvalidArgument("field_splits needs indices of rank 2, not row_splits");
-      if (indices.dims() != 1)
-        return InvalidArgument("indices must be rank 1 [nnz] with row_splits, got shape ",
-                               indices.shape().DebugString());
-      return ReadRowSplits(row_splits[0], shape);
-    }
-    if (indices.dims() != 2)
-      return InvalidArgument("indices must be rank 2 [B, F], or rank 1 with row_splits, got shape ",
-                             indices.shape().DebugString());
-    shape->num_samples = indices.dim_size(0);
-    shape->pairs_per_sample = indices.dim_size(1);
-    if (!field_splits_.empty()) {
-      if (field_splits_.back() != shape->pairs_per_sample)
-        return InvalidArgument("field_splits must end at the ", shape->pairs_per_sample, " columns of indices, got ",
-                               field_splits_.back());
-      shape->field_splits = field_splits_.data();
-      shape->num_fields = static_cast<int64_t>(field_splits_.size()) - 1;
-    }
-    return absl::OkStatus();
-  }
 
-  Sizes EmbeddingsShape(const FmShape& shape) const {
-    if (shape.row_splits) return {shape.num_pairs, shape.dim};
-    const int64_t fields = shape.field_splits ? shape.num_fields : shape.pairs_per_sample;
-    return {shape.num_samples, fields, shape.dim};
-  }
-
-  Sizes InteractionShape(const FmShape& shape) const {
-    return {shape.num_samples, output_ == Output::kScalar ? 1 : shape.dim};
-  }
+    const Tables tables;
+    const Tensor& indices;
+    const Tensor* const values;
+    const CheckedShape checked;
+    const FmShape& shape;
+    const void* weights = nullptr;
+  };
 
   DataType dtype_, acc_dtype_;
   Output output_;
-  std::vector<int64_t> field_splits_;
 
  private:
-  static Status ReadRowSplits(const Tensor& row_splits, FmShape* shape) {
-    if (row_splits.dims() != 1 || row_splits.NumElements() < 1)
-      return InvalidArgument("row_splits must be rank 1 [B + 1], got shape ", row_splits.shape().DebugString());
-    const auto splits = row_splits.flat<int64_t>();
-    const int64_t last = splits.size() - 1;
-    if (splits(0) != 0) return InvalidArgument("row_splits must start at 0, got row_splits[0] = ", splits(0));
-    for (int64_t i = 0; i < last; ++i) {
-      if (splits(i + 1) < splits(i))
-        return InvalidArgument("row_splits must not decrease, got row_splits[", i, "] = ", splits(i),
-                               " and row_splits[", i + 1, "] = ", splits(i + 1));
+  // Asks once for a variable's memory in huge pages; the reader of a table that is never updated gains as much as
+  // others.
+  class HugePages {
+   public:
+    void Prefer(const Tensor& table) {
+      const void* data = Data(table);
+      if (asked_.exchange(data) != data) PreferHugePages(data, table.tensor_data().size());
     }
-    if (splits(last) != shape->num_pairs)
-      return InvalidArgument("row_splits must end at nnz = ", shape->num_pairs, ", got row_splits[", last,
-                             "] = ", splits(last));
-    shape->num_samples = last;
-    shape->row_splits = splits.data();
-    return absl::OkStatus();
+
+   private:
+    std::atomic<const void*> asked_{nullptr};
+  };
+
+  std::vector<std::pair<int, const char*>> TableInputs() const {
+    int first = 0, last = 0;
+    OrFail(InputRange("weights", &first, &last));
+    Require(last - first <= 1, "weights must be one tensor, got ", last - first);
+    if (first == last) return {{0, "table"}};
+    return {{0, "table"}, {first, "weights"}};
   }
+
+  CheckedShape Check(const Tensor& table, const Tensor& indices, const Tensor* values, const Tensor* splits) const {
+    Sizes values_sizes, splits_sizes = splits ? SizesOf(*splits) : Sizes{};
+    if (values) {
+      Require(values->dtype() == acc_dtype_, "values must be ", tensorflow::DataTypeString(acc_dtype_),
+              " for this table, got ", tensorflow::DataTypeString(values->dtype()));
+      values_sizes = SizesOf(*values);
+    }
+    return CheckedShape(TableTypeOf(dtype_), SizesOf(table), SizesOf(indices), values ? &values_sizes : nullptr,
+                        splits ? splits->flat<int64_t>().data() : nullptr, splits ? &splits_sizes : nullptr,
+                        field_splits_.empty() ? nullptr : &field_splits_);
+  }
+
+  std::vector<int64_t> field_splits_;
+  HugePages huge_[2];
 };
+
+void CheckIndices(int64_t bad, const Tensor& indices, const FmShape& shape) {
+  CheckIndices(bad, Data(indices), IndexTypeOf(indices), SizesOf(indices), shape.num_rows);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Kernels
@@ -257,35 +224,24 @@ class FmInteractionOp : public FmKernel {
   }
 
   void Run(OpKernelContext* ctx) override {
-    Table table, weights;
+    const Inputs in(this, ctx);
     ForwardArgs args;
-    OpInputList values;
-    OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
-    OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
-    OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
-    const FmShape& shape = args.shape;
-    OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
-    Tensor *interaction, *sums, *embeddings, *linear;
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 0, InteractionShape(shape), &interaction));
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {shape.num_samples, shape.dim}, &sums));
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 2, return_embeddings_ ? EmbeddingsShape(shape) : Sizes{0}, &embeddings));
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{shape.num_samples, 1} : Sizes{0}, &linear));
-    const Tensor& indices = ctx->input(1);
+    args.shape = in.shape;
     args.table_type = TableTypeOf(dtype_);
-    args.index_type = IndexTypeOf(indices);
+    args.index_type = IndexTypeOf(in.indices);
     args.output = output_;
-    args.table = Data(table.tensor());
-    args.indices = Data(indices);
-    args.values = DataOrNull(values);
-    args.interaction = MutableData(interaction);
-    args.sums = MutableData(sums);
-    args.embeddings = return_embeddings_ ? MutableData(embeddings) : nullptr;
-    args.linear = args.weights ? MutableData(linear) : nullptr;
-    Tensor* penalty;
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 4, {}, &penalty));
-    std::memset(MutableData(penalty), 0, penalty->tensor_data().size());
-    const int64_t bad = FmForward(args, PoolOf(ctx));
-    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
+    args.table = Data(in.tables[0]);
+    args.indices = Data(in.indices);
+    args.values = DataOrNull(in.values);
+    args.weights = in.weights;
+    args.interaction = Allocate(ctx, 0, in.checked.Interaction(output_));
+    args.sums = Allocate(ctx, 1, {in.shape.num_samples, in.shape.dim});
+    void* embeddings = Allocate(ctx, 2, return_embeddings_ ? in.checked.Embeddings() : Sizes{0});
+    args.embeddings = return_embeddings_ ? embeddings : nullptr;
+    void* linear = Allocate(ctx, 3, in.weights ? Sizes{in.shape.num_samples, 1} : Sizes{0});
+    args.linear = in.weights ? linear : nullptr;
+    std::memset(Allocate(ctx, 4, {}), 0, tensorflow::DataTypeSize(acc_dtype_));  // the penalty
+    CheckIndices(FmForward(args, PoolOf(ctx)), in.indices, in.shape);
   }
 
  private:
@@ -301,71 +257,59 @@ class FmInteractionGradOp : public FmKernel {
   }
 
   void Run(OpKernelContext* ctx) override {
-    Table table, weights;
-    GradientArgs args;
-    OpInputList values, embeddings, d_embeddings, d_linear, counts, priors;
+    const Inputs in(this, ctx);
+    const FmShape& shape = in.shape;
     const Tensor *sums, *d_interaction, *d_penalty;
-    OP_REQUIRES_OK(ctx, table.Open(ctx, 0, "table", dtype_));
-    OP_REQUIRES_OK(ctx, ReadShape(ctx, table.tensor(), &args.shape));
-    OP_REQUIRES_OK(ctx, ctx->input_list("values", &values));
-    OP_REQUIRES_OK(ctx, ctx->input_list("counts", &counts));
-    OP_REQUIRES_OK(ctx, ctx->input_list("priors", &priors));
-    OP_REQUIRES_OK(ctx, ctx->input("sums", &sums));
-    OP_REQUIRES_OK(ctx, ctx->input_list("embeddings", &embeddings));
-    OP_REQUIRES_OK(ctx, ctx->input("d_interaction", &d_interaction));
-    OP_REQUIRES_OK(ctx, ctx->input_list("d_embeddings", &d_embeddings));
-    OP_REQUIRES_OK(ctx, ctx->input_list("d_linear", &d_linear));
-    OP_REQUIRES_OK(ctx, ctx->input("d_penalty", &d_penalty));
-    OP_REQUIRES_OK(ctx, CheckShape("d_penalty", *d_penalty, {}));
-    const FmShape& shape = args.shape;
-    OP_REQUIRES_OK(ctx, OpenWeights(ctx, shape, &weights, &args.weights));
-    OP_REQUIRES_OK(ctx, CheckCounts(counts, priors, shape));
-    OP_REQUIRES(ctx, embeddings.size() <= 1 && d_embeddings.size() <= 1,
-                InvalidArgument("embeddings and d_embeddings must be one tensor each"));
-    if (d_linear.size()) OP_REQUIRES_OK(ctx, CheckShape("d_linear", d_linear[0], {shape.num_samples, 1}));
-    OP_REQUIRES_OK(ctx, CheckShape("sums", *sums, {shape.num_samples, shape.dim}));
-    OP_REQUIRES_OK(ctx, CheckShape("d_interaction", *d_interaction, InteractionShape(shape)));
-    if (embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("embeddings", embeddings[0], EmbeddingsShape(shape)));
-    if (d_embeddings.size()) OP_REQUIRES_OK(ctx, CheckShape("d_embeddings", d_embeddings[0], EmbeddingsShape(shape)));
-    OP_REQUIRES(ctx, embeddings.size() || !shape.field_splits || output_ == Output::kSum,
-                InvalidArgument("embeddings are needed with field_splits"));
+    OrFail(ctx->input("sums", &sums));
+    OrFail(ctx->input("d_interaction", &d_interaction));
+    OrFail(ctx->input("d_penalty", &d_penalty));
+    const Tensor *embeddings = Optional(ctx, "embeddings"), *d_embeddings = Optional(ctx, "d_embeddings"),
+                 *d_linear = Optional(ctx, "d_linear"), *counts = Optional(ctx, "counts"),
+                 *priors = Optional(ctx, "priors");
+    const Sizes embeddings_sizes = embeddings ? SizesOf(*embeddings) : Sizes{},
+                d_embeddings_sizes = d_embeddings ? SizesOf(*d_embeddings) : Sizes{};
+    in.checked.CheckGradient(output_, SizesOf(*sums), SizesOf(*d_interaction), embeddings ? &embeddings_sizes : nullptr,
+                             d_embeddings ? &d_embeddings_sizes : nullptr);
+    CheckShape("d_penalty", SizesOf(*d_penalty), {});
+    if (d_linear) CheckShape("d_linear", SizesOf(*d_linear), {shape.num_samples, 1});
+    if (counts) CheckShape("counts", SizesOf(*counts), {shape.num_rows});
+    if (counts) CheckShape("priors", SizesOf(*priors), {3});
 
-    const Tensor& indices = ctx->input(1);
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    const int64_t bad = groups.Build(Data(indices), IndexTypeOf(indices), shape.num_pairs, shape.num_rows, pool);
-    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.num_rows));
-    Tensor *unique, *rows, *d_values, *weight_rows;
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 0, {groups.size()}, &unique));
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 1, {groups.size(), shape.dim}, &rows));
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(2, need_values_ ? indices.shape() : TensorShape({0}), &d_values));
+    CheckIndices(groups.Build(Data(in.indices), IndexTypeOf(in.indices), shape.num_pairs, shape.num_rows, pool),
+                 in.indices, shape);
+    auto* unique = static_cast<int64_t*>(Allocate(ctx, 0, {groups.size()}));
     pool.For(groups.size(), 1 << 15, [&](int64_t begin, int64_t end) {
-      std::copy(groups.rows() + begin, groups.rows() + end, unique->flat<int64_t>().data() + begin);
+      std::copy(groups.rows() + begin, groups.rows() + end, unique + begin);
     });
+    GradientArgs args;
+    args.shape = shape;
     args.table_type = TableTypeOf(dtype_);
     args.output = output_;
-    args.table = Data(table.tensor());
-    args.values = DataOrNull(values);
+    args.table = Data(in.tables[0]);
+    args.values = DataOrNull(in.values);
     args.sums = Data(*sums);
     args.embeddings = DataOrNull(embeddings);
     args.d_interaction = Data(*d_interaction);
     args.d_embeddings = DataOrNull(d_embeddings);
-    OP_REQUIRES_OK(ctx, Allocate(ctx, 3, args.weights ? Sizes{groups.size(), 1} : Sizes{0}, &weight_rows));
+    args.weights = in.weights;
     args.d_linear = DataOrNull(d_linear);
-    args.weight_rows = MutableData(weight_rows);
     const double scale =
         acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
     args.l2 = l2_ * scale;
     args.l2_linear = l2_linear_ * scale;
-    if (counts.size()) {
-      args.counts = counts[0].flat<int32_t>().data();
-      args.prior = priors[0].flat<float>()(0) * scale / shape.num_samples;
-      args.prior_linear = priors[0].flat<float>()(1) * scale / shape.num_samples;
-      args.prior_softness = priors[0].flat<float>()(2);
+    if (counts) {
+      args.counts = counts->flat<int32_t>().data();
+      args.prior = priors->flat<float>()(0) * scale / shape.num_samples;
+      args.prior_linear = priors->flat<float>()(1) * scale / shape.num_samples;
+      args.prior_softness = priors->flat<float>()(2);
     }
     args.groups = &groups;
-    args.rows = MutableData(rows);
-    args.d_values = need_values_ ? MutableData(d_values) : nullptr;
+    args.rows = Allocate(ctx, 1, {groups.size(), shape.dim});
+    void* d_values = Allocate(ctx, 2, need_values_ ? SizesOf(in.indices) : Sizes{0});
+    args.d_values = need_values_ ? d_values : nullptr;
+    args.weight_rows = Allocate(ctx, 3, in.weights ? Sizes{groups.size(), 1} : Sizes{0});
     FmGradient(args, pool);
   }
 

@@ -1,4 +1,4 @@
-// What the ops share: the table, the pool, allocation, the messages.
+// What the ops share: the tables, the pool, allocation, failing.
 #ifndef DEEPFM_TF_OP_COMMON_H_
 #define DEEPFM_TF_OP_COMMON_H_
 
@@ -8,12 +8,14 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../kernels/checks.h"
 #include "../kernels/fm.h"
 #include "../kernels/scratch.h"
-#include "absl/synchronization/notification.h"
 #include "tensorflow/core/framework/allocation_description.pb.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -33,34 +35,45 @@ using tensorflow::TensorShape;
 using tensorflow::errors::FailedPrecondition;
 using tensorflow::errors::InvalidArgument;
 
-// A table for the time of one Compute: a tensor, or a variable's tensor under a shared lock. The
-// variable is never read as a value: in copy-on-read mode that would copy all of it.
-class Table {
- public:
-  // From the input of this number.
-  Status Open(OpKernelContext* ctx, int input, const char* name, DataType dtype) {
-    if (ctx->input_dtype(input) != tensorflow::DT_RESOURCE) {
-      tensor_ = &ctx->input(input);
-    } else {
-      TF_RETURN_IF_ERROR(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, input), &var_));
-      lock_ = std::make_unique<tensorflow::tf_shared_lock>(*var_->mu());
-      if (!var_->is_initialized) return FailedPrecondition(name, " is a variable that was not initialized");
-      tensor_ = var_->tensor();
-    }
-    if (tensor_->dtype() != dtype)
-      return InvalidArgument(name, " holds ", tensorflow::DataTypeString(tensor_->dtype()), ", the op was made for ",
-                             tensorflow::DataTypeString(dtype));
-    if (tensor_->dims() != 2)
-      return InvalidArgument(name, " must be rank 2 [V, K], got shape ", tensor_->shape().DebugString());
-    return absl::OkStatus();
-  }
-  const Tensor& tensor() const { return *tensor_; }
-
- private:
-  tensorflow::core::RefCountPtr<tensorflow::Var> var_;
-  std::unique_ptr<tensorflow::tf_shared_lock> lock_;  // released before var_
-  const Tensor* tensor_ = nullptr;
+// What stops a Compute that is not good; see Kernel. The kernels' own checks throw standard exceptions.
+struct Failure {
+  Status status;
 };
+inline void OrFail(const Status& status) {
+  if (!status.ok()) throw Failure{status};
+}
+template <typename... Parts>
+void Require(bool good, const Parts&... parts) {
+  if (!good) throw Failure{InvalidArgument(parts...)};
+}
+
+// An op that may fail at any depth, or find no memory.
+class Kernel : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* ctx) final {
+    try {
+      Run(ctx);
+    } catch (const Failure& failure) {
+      ctx->SetStatus(failure.status);
+    } catch (const std::logic_error& error) {  // invalid_argument and out_of_range
+      ctx->SetStatus(InvalidArgument(error.what()));
+    } catch (const std::bad_alloc&) {
+      ctx->SetStatus(
+          tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->num_inputs(), " inputs"));
+    }
+  }
+
+ protected:
+  virtual void Run(OpKernelContext* ctx) = 0;
+};
+
+inline Sizes SizesOf(const Tensor& t) {
+  Sizes sizes;
+  for (const auto& dim : t.shape()) sizes.push_back(dim.size);
+  return sizes;
+}
 
 inline TableType TableTypeOf(DataType dtype) {
   switch (dtype) {
@@ -81,49 +94,22 @@ inline IndexType IndexTypeOf(const Tensor& indices) {
 
 inline const void* Data(const Tensor& t) { return t.tensor_data().data(); }
 inline void* MutableData(Tensor* t) { return const_cast<char*>(t->tensor_data().data()); }
-inline const void* DataOrNull(const OpInputList& list) { return list.size() ? Data(list[0]) : nullptr; }
-
-// One call's tasks, taken one by one by the caller and by helpers. A helper that comes too late finds
-// none left and touches nothing of the caller's, so the caller never waits for threads to wake up.
-struct Job {
-  explicit Job(int64_t tasks, const std::function<void(int64_t)>* fn) : tasks(tasks), fn(fn) {}
-
-  void Work() {
-    for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
-      (*fn)(i);
-      if (done.fetch_add(1) + 1 == tasks) all_done.Notify();
-    }
-  }
-
-  const int64_t tasks;
-  const std::function<void(int64_t)>* const fn;  // valid while a task is left
-  std::atomic<int64_t> next{0}, done{0};
-  absl::Notification all_done;
-};
+inline const void* DataOrNull(const Tensor* t) { return t ? Data(*t) : nullptr; }
 
 inline Parallel PoolOf(OpKernelContext* ctx) {
   const auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
   Parallel parallel;
   parallel.threads = workers->num_threads;
-  parallel.run = [workers](int64_t tasks, const std::function<void(int64_t)>& fn) {
-    if (tasks == 1) return fn(0);
-    auto job = std::make_shared<Job>(tasks, &fn);
-    for (int64_t i = 1; i < std::min<int64_t>(tasks, workers->num_threads); ++i)
-      workers->workers->Schedule([job] { job->Work(); });
-    job->Work();
-    job->all_done.WaitForNotification();
-  };
+  parallel.schedule = [workers](std::function<void()> call) { workers->workers->Schedule(std::move(call)); };
   return parallel;
 }
 
-// Sizes of a shape whose product may be more than an int64 holds.
-typedef std::vector<int64_t> Sizes;
-
-inline Status CheckShape(const char* name, const Tensor& t, const Sizes& sizes) {
-  TensorShape want;
-  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &want));
-  if (t.shape() == want) return absl::OkStatus();
-  return InvalidArgument(name, " must have shape ", want.DebugString(), ", got ", t.shape().DebugString());
+// The only tensor of an input list, or null if there is none.
+inline const Tensor* Optional(OpKernelContext* ctx, const char* name) {
+  OpInputList list;
+  OrFail(ctx->input_list(name, &list));
+  Require(list.size() <= 1, name, " must be one tensor, got ", list.size());
+  return list.size() ? &list[0] : nullptr;
 }
 
 // A tensor's memory out of the kernels' scratch.
@@ -141,19 +127,22 @@ class ScratchBuffer : public tensorflow::TensorBuffer {
   const int64_t bytes_;
 };
 
-// Allocates an output; a large one out of scratch, whose pages are not faulted in afresh each step.
-inline Status Allocate(OpKernelContext* ctx, int output, const Sizes& sizes, Tensor** tensor) {
+// Allocates an output and gives its data; a large one out of scratch, whose pages are not faulted in afresh each step.
+inline void* Allocate(OpKernelContext* ctx, int output, const Sizes& sizes) {
   constexpr int64_t kLarge = 1 << 20;
   TensorShape shape;
-  TF_RETURN_IF_ERROR(TensorShape::BuildTensorShape(sizes, &shape));
+  OrFail(TensorShape::BuildTensorShape(sizes, &shape));  // their product may be more than an int64 holds
   const DataType dtype = ctx->expected_output_dtype(output);
   const int64_t elements = shape.num_elements(), size = tensorflow::DataTypeSize(dtype);
-  if (elements < kLarge / size || elements > std::numeric_limits<int64_t>::max() / size)
-    return ctx->allocate_output(output, shape, tensor);
-  ctx->set_output(
-      output, Tensor(dtype, shape, tensorflow::core::RefCountPtr<ScratchBuffer>(new ScratchBuffer(elements * size))));
-  *tensor = ctx->mutable_output(output);
-  return absl::OkStatus();
+  Tensor* tensor = nullptr;
+  if (elements < kLarge / size || elements > std::numeric_limits<int64_t>::max() / size) {
+    OrFail(ctx->allocate_output(output, shape, &tensor));
+  } else {
+    ctx->set_output(
+        output, Tensor(dtype, shape, tensorflow::core::RefCountPtr<ScratchBuffer>(new ScratchBuffer(elements * size))));
+    tensor = ctx->mutable_output(output);
+  }
+  return MutableData(tensor);
 }
 
 // Checks that the op sums in the dtype that goes with the table's.
@@ -166,32 +155,46 @@ inline Status RequireAcc(OpKernelConstruction* ctx, DataType dtype) {
                          tensorflow::DataTypeString(dtype), ", got ", tensorflow::DataTypeString(acc));
 }
 
-// An op whose working memory may be more than there is.
-class Kernel : public OpKernel {
+// The tables of an op, for the time of one Compute: tensors, or variables' tensors under shared locks. A variable is
+// never read as a value: in copy-on-read mode that would copy all of it.
+class Tables {
  public:
-  using OpKernel::OpKernel;
-
-  void Compute(OpKernelContext* ctx) final {
-    try {
-      Run(ctx);
-    } catch (const std::bad_alloc&) {
-      ctx->SetStatus(
-          tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->num_inputs(), " inputs"));
+  // The inputs of these numbers and names. Each variable is locked once, and all in the order in which everyone locks:
+  // a writer may stand in line between two locks.
+  Tables(OpKernelContext* ctx, DataType dtype, const std::vector<std::pair<int, const char*>>& inputs) {
+    std::vector<tensorflow::mutex*> mutexes;
+    for (const auto& input : inputs) {
+      if (ctx->input_dtype(input.first) != tensorflow::DT_RESOURCE) continue;
+      vars_.emplace_back();
+      OrFail(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, input.first), &vars_.back()));
+      mutexes.push_back(vars_.back()->mu());
+    }
+    std::sort(mutexes.begin(), mutexes.end());
+    mutexes.erase(std::unique(mutexes.begin(), mutexes.end()), mutexes.end());
+    for (tensorflow::mutex* mutex : mutexes) locks_.push_back(std::make_unique<tensorflow::tf_shared_lock>(*mutex));
+    auto var = vars_.begin();
+    for (const auto& [number, name] : inputs) {
+      if (ctx->input_dtype(number) != tensorflow::DT_RESOURCE) {
+        tensors_.push_back(&ctx->input(number));
+      } else {
+        if (!(*var)->is_initialized) OrFail(FailedPrecondition(name, " is a variable that was not initialized"));
+        tensors_.push_back((*var++)->tensor());
+      }
+      const Tensor& tensor = *tensors_.back();
+      Require(tensor.dtype() == dtype, name, " holds ", tensorflow::DataTypeString(tensor.dtype()),
+              ", the op was made for ", tensorflow::DataTypeString(dtype));
     }
   }
 
- protected:
-  virtual void Run(OpKernelContext* ctx) = 0;
-};
+  bool are_variables() const { return !vars_.empty(); }
+  size_t size() const { return tensors_.size(); }
+  const Tensor& operator[](size_t i) const { return *tensors_[i]; }
 
-inline Status IndexError(const Tensor& indices, int64_t p, int64_t num_rows) {
-  const int64_t index =
-      indices.dtype() == tensorflow::DT_INT32 ? indices.flat<int32_t>()(p) : indices.flat<int64_t>()(p);
-  std::string where = std::to_string(p);
-  if (indices.dims() == 2)
-    where = std::to_string(p / indices.dim_size(1)) + "," + std::to_string(p % indices.dim_size(1));
-  return InvalidArgument("indices[", where, "] = ", index, " is not in [0, ", num_rows, ")");
-}
+ private:
+  std::vector<tensorflow::core::RefCountPtr<tensorflow::Var>> vars_;
+  std::vector<std::unique_ptr<tensorflow::tf_shared_lock>> locks_;  // released before vars_
+  std::vector<const Tensor*> tensors_;
+};
 
 }  // namespace deepfm
 

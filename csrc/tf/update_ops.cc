@@ -53,12 +53,12 @@ class SparseUpdateOp : public Kernel {
     const int num_vars = 1 + num_slots_ + num_lags_;
     std::vector<tensorflow::mutex*> mutexes;
     for (int i = 0; i < num_vars; ++i) {
-      OP_REQUIRES_OK(ctx, tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, i), &vars[i]));
+      OrFail(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, i), &vars[i]));
       mutexes.push_back(vars[i]->mu());
     }
     std::sort(mutexes.begin(), mutexes.end());  // everyone locks in this order
-    OP_REQUIRES(ctx, std::adjacent_find(mutexes.begin(), mutexes.end()) == mutexes.end(),
-                InvalidArgument("the table and its slots must be different variables"));
+    Require(std::adjacent_find(mutexes.begin(), mutexes.end()) == mutexes.end(),
+            "the table and its slots must be different variables");
     std::vector<std::unique_ptr<tensorflow::mutex_lock>> locks;
     for (tensorflow::mutex* mutex : mutexes) locks.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
 
@@ -67,43 +67,40 @@ class SparseUpdateOp : public Kernel {
     const Tensor& hyper = ctx->input(num_vars + 2);
     for (int i = 0; i < num_vars; ++i) {
       const char* name = i == 0 ? "table" : i <= num_slots_ ? "a slot" : "a lag";
-      OP_REQUIRES(ctx, vars[i]->is_initialized, FailedPrecondition(name, " is a variable that was not initialized"));
-      OP_REQUIRES(ctx, vars[i]->tensor()->dtype() == dtype_,
-                  InvalidArgument(name, " holds ", tensorflow::DataTypeString(vars[i]->tensor()->dtype()),
-                                  ", the gradient is ", tensorflow::DataTypeString(dtype_)));
+      if (!vars[i]->is_initialized) OrFail(FailedPrecondition(name, " is a variable that was not initialized"));
+      Require(vars[i]->tensor()->dtype() == dtype_, name, " holds ",
+              tensorflow::DataTypeString(vars[i]->tensor()->dtype()), ", the gradient is ",
+              tensorflow::DataTypeString(dtype_));
     }
-    const TensorShape& shape = vars[0]->tensor()->shape();
-    OP_REQUIRES(ctx, shape.dims() >= 1, InvalidArgument("table must have rows, got a scalar"));
-    OP_REQUIRES(ctx, indices.dims() == 1,
-                InvalidArgument("indices must be rank 1 [n], got shape ", indices.shape().DebugString()));
-    TensorShape want = shape;
-    want.set_dim(0, indices.NumElements());
-    OP_REQUIRES(
-        ctx, gradient.shape() == want,
-        InvalidArgument("gradient must have shape ", want.DebugString(), ", got ", gradient.shape().DebugString()));
-    OP_REQUIRES_OK(ctx, CheckShape("hyper", hyper, {ShapeOf(rule_).hyper + num_lags_ + 2 * num_counts_}));
+    const Sizes shape = SizesOf(*vars[0]->tensor());
+    Require(!shape.empty(), "table must have rows, got a scalar");
+    Require(indices.dims() == 1, "indices must be rank 1 [n], got shape ", TextOf(SizesOf(indices)));
+    Sizes want = shape;
+    want[0] = indices.NumElements();
+    CheckShape("gradient", SizesOf(gradient), want);
+    CheckShape("hyper", SizesOf(hyper), {ShapeOf(rule_).hyper + num_lags_ + 2 * num_counts_});
     UpdateArgs args;
     args.rule = rule_;
     args.table_type = TableTypeOf(dtype_);
+    args.num_rows = shape[0];
     args.dim = 1;
-    for (int i = 1; i < shape.dims(); ++i) args.dim *= shape.dim_size(i);
+    for (size_t i = 1; i < shape.size(); ++i) args.dim *= shape[i];
     for (int i = 1; i < num_vars; ++i) {
       const Tensor& slot = *vars[i]->tensor();
       const bool by_row = i <= num_slots_ && rule_ == Rule::kRowWiseAdagrad;
-      const int64_t elements = by_row ? shape.dim_size(0) : shape.num_elements();
-      OP_REQUIRES(ctx, slot.NumElements() == elements,
-                  InvalidArgument("a slot must have ", elements, " elements, got shape ", slot.shape().DebugString()));
+      const int64_t elements = by_row ? shape[0] : vars[0]->tensor()->NumElements();
+      Require(slot.NumElements() == elements, "a slot must have ", elements, " elements, got shape ",
+              TextOf(SizesOf(slot)));
     }
     if (num_counts_) {
-      OP_REQUIRES_OK(ctx, CheckShape("counts", ctx->input(num_vars + 3), {shape.dim_size(0)}));
+      CheckShape("counts", SizesOf(ctx->input(num_vars + 3)), {shape[0]});
       args.counts = ctx->input(num_vars + 3).flat<int32_t>().data();
     }
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    const int64_t bad =
-        groups.Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), shape.dim_size(0), pool);
-    OP_REQUIRES(ctx, bad < 0, IndexError(indices, bad, shape.dim_size(0)));
-    for (int i = 0; i < num_vars; ++i) OP_REQUIRES_OK(ctx, OwnBuffer(ctx, vars[i].get()));
+    CheckIndices(groups.Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), shape[0], pool),
+                 Data(indices), IndexTypeOf(indices), SizesOf(indices), shape[0]);
+    for (int i = 0; i < num_vars; ++i) OrFail(OwnBuffer(ctx, vars[i].get()));
     args.table = MutableData(vars[0]->tensor());
     for (int i = 1; i <= num_slots_; ++i) args.slots[i - 1] = MutableData(vars[i]->tensor());
     if (num_lags_) args.lag = MutableData(vars[num_vars - 1]->tensor());

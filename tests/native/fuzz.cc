@@ -106,6 +106,7 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
   UpdateArgs a;
   a.rule = rule;
   a.table_type = D::kType;
+  a.num_rows = V;
   a.dim = K;
   a.table = state[0].data.data();
   for (int i = 0; i < rule_shape.slots; ++i) a.slots[i] = state[i + 1].data.data();

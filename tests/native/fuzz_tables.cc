@@ -340,7 +340,7 @@ void SketchCase(const char* where, const Parallel& parallel) {
   const Column column(cells, 0);
   std::vector<std::unique_ptr<Counter>> counters;
   for (uint32_t i = 0; i < 3; ++i) counters.emplace_back(new Counter(i, true, &sketch, least));
-  parallel.run(6, [&](int64_t i) { counters[i / 2]->Add(column.texts, nullptr, nullptr, 0); });
+  parallel.Run(6, [&](int64_t i) { counters[i / 2]->Add(column.texts, nullptr, nullptr, 0); });
   for (uint32_t i = 0; i < 3; ++i) {
     std::map<uint64_t, uint64_t> found;
     const Counter::Values values = counters[i]->Finish(1);
@@ -360,7 +360,7 @@ void BlocksCase(const char* where, const Parallel& parallel) {
   const int64_t n = static_cast<int64_t>(content.size());
   const std::vector<uint64_t> sums = CheckedBlocks::Sums(data.get(), n);
   CheckedBlocks good(data.get(), n, sums.data());
-  parallel.run(4, [&](int64_t) { EXPECT(good.FirstBad(0, n) == -1, "%ld bytes", long(n)); });
+  parallel.Run(4, [&](int64_t) { EXPECT(good.FirstBad(0, n) == -1, "%ld bytes", long(n)); });
   if (n) {
     const int64_t at = Uniform(0, n - 1);
     data[at] ^= 1 << Uniform(0, 7);

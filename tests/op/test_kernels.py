@@ -122,8 +122,8 @@ def test_first_orders_that_are_refused(data, rng):
     table, indices, values = data
     weights = rng.normal(size=(50, 1)).astype("f")
     for bad, error, message in [
-        (weights[:, 0], ValueError, r"weights must have shape \(50, 1, \), got \(50,\)"),
-        (weights[:49], ValueError, r"weights must have shape \(50, 1, \), got \(49, 1\)"),
+        (weights[:, 0], ValueError, r"weights must have shape \(50, 1\), got \(50,\)"),
+        (weights[:49], ValueError, r"weights must have shape \(50, 1\), got \(49, 1\)"),
         (weights.astype(float), TypeError, "weights must have the dtype of table, float32, got float64"),
         (weights[::-1], ValueError, "weights must be C-contiguous"),
     ]:
@@ -265,7 +265,7 @@ def misaligned(array):
         (lambda t, i, x: (t, misaligned(i), x), ValueError, "indices must be aligned to its items of 8 bytes"),
         (lambda t, i, x: (t[0], i, x), ValueError, r"table must be rank 2 \[V, K\], got shape \(6,\)"),
         (lambda t, i, x: (t, i[0], x[0]), ValueError, r"indices must be rank 2 \[B, F\], or rank 1 with row_splits"),
-        (lambda t, i, x: (t, i, x[:, :3].copy()), ValueError, r"values must have shape \(7, 4, \), got \(7, 3\)"),
+        (lambda t, i, x: (t, i, x[:, :3].copy()), ValueError, r"values must have the shape of indices, \(7, 4\), got \(7, 3\)"),
         (lambda t, i, x: (t, i + 50, x), IndexError, r"indices\[0,0\] = \d+ is not in \[0, 50\)"),
     ],
 )
@@ -283,7 +283,7 @@ def test_arrays_that_are_refused(change, error, message, data):
     [
         ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
         ({"output": "all"}, ValueError, "output must be one of sum, scalar, vector, got 'all'"),
-        ({"field_splits": [0, 3]}, ValueError, "field_splits must go from 0 to the 4 columns"),
+        ({"field_splits": [0, 3]}, ValueError, "field_splits must end at the columns of indices, 4, got"),
         ({"field_splits": []}, ValueError, "field_splits must go from 0"),
         ({"row_splits": np.array([0, 28])}, ValueError, r"indices must be rank 1 \[nnz\] with row_splits"),
         ({"row_splits": np.array([0, 28]), "field_splits": [0, 4]}, ValueError, "field_splits needs indices of rank 2"),

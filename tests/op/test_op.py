@@ -503,9 +503,9 @@ def test_raw_op_rejects_what_python_would_have_caught():
     assert native.deepfm_ops_fm_interaction(**good).interaction.shape == (1, 1)
     one = tf.ones((1, 2))
     for change, message in [
-        ({"field_splits": [0, 3]}, "field_splits must end at the 2 columns"),
+        ({"field_splits": [0, 3]}, "field_splits must end at the columns of indices, 2"),
         ({"field_splits": [1, 2]}, "field_splits must start at 0"),
-        ({"values": [one, one]}, "one tensor each"),
+        ({"values": [one, one]}, "values must be one tensor"),
         ({"weights": [one, one]}, "weights must be one tensor"),
         ({"weights": [one]}, "weights must have shape"),
         ({"weights": [tf.ones((4, 1))], "table": tf.ones((4, 0))}, "at least one column"),

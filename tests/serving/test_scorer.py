@@ -253,7 +253,7 @@ def test_bags_of_any_length(kind, table, rng, tmp_path):
         (([["a", "b", "c"]],), {}, TypeError, "indices must be integers"),
         (([[0, 1, 20]],), {}, IndexError, r"indices\[0,2\] = 20 is not in \[0, 20\)"),
         (([[0, 1, -1]],), {}, IndexError, r"indices\[0,2\] = -1 is not in"),
-        (([[0, 1, 2]], [[1, 2]]), {}, ValueError, r"values must have shape \(1, 3, \), got \(1, 2\)"),
+        (([[0, 1, 2]], [[1, 2]]), {}, ValueError, r"values must have the shape of indices, \(1, 3\), got \(1, 2\)"),
         (([[0, 1, 2]], [["x", "y", "z"]]), {}, TypeError, "values must be numbers"),
         (({"a": [1]},), {}, ValueError, "this model was exported without its FeatureDictionary"),
         (({"a": [1]}, [1.0]), {}, ValueError, "raw features come alone"),
