@@ -124,7 +124,7 @@ ISA_fm_cpu_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
 define FUZZ
 build/$(1)/%.o: %.cc $(SOURCES) tests/native/fuzz.h
 	@mkdir -p build/$(1)
-	$$(CXX) -std=c++17 -O1 -g -Wall $$(ISA_$$*) $$(FLAGS_$(1)) -c $$< -o $$@
+	$$(CXX) -std=c++17 -O1 -g1 -Wall -DDEEPFM_MAX_VECS=2 $$(ISA_$$*) $$(FLAGS_$(1)) -c $$< -o $$@
 build/$(1)/fuzz: $$(call OBJECTS_OF,$(1),kernels)
 build/$(1)/fuzz_tables: $$(call OBJECTS_OF,$(1),tables)
 build/$(1)/fuzz build/$(1)/fuzz_tables: build/$(1)/fuzz%: build/$(1)/fuzz%.o

@@ -1,8 +1,12 @@
 // A block of a row's columns in registers, and loads of rows. Included after vec-inl.h, in the namespace of one
 // instruction set.
 
-// So many registers hold sums, squares and a row of a block at once.
-constexpr int kMaxVecs = kVecBytes == 64 ? 8 : 4;
+// The registers of a block: so many hold sums, squares and a row of it at once. Builds under sanitizers, whose code is
+// many times as large, have smaller blocks.
+#ifndef DEEPFM_MAX_VECS
+#define DEEPFM_MAX_VECS (kVecBytes == 64 ? 8 : 4)
+#endif
+constexpr int kMaxVecs = DEEPFM_MAX_VECS;
 
 #define DEEPFM_INLINE __attribute__((always_inline)) inline
 #define DEEPFM_EACH _Pragma("GCC unroll 8") for (int n = 0; n < kVecs; ++n)

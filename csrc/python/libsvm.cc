@@ -8,11 +8,14 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace deepfm {
 namespace {
+
+typedef std::vector<py::ssize_t> Sizes;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -31,6 +34,12 @@ int64_t Parse(LibsvmParser* parser, const py::buffer& buffer, int64_t begin, int
     throw py::value_error("data must be bytes in a row");
   if (begin < 0 || begin >= info.size || data[info.size - 1] != '\n')
     throw py::value_error("data must hold lines from begin on, the last with its end");
+  std::string copy;
+  if (!PyBytes_Check(buffer.ptr())) {  // anything else may change under the parser, which trusts the last '\n'
+    copy.assign(data, info.size);
+    copy.back() = '\n';
+    data = copy.data();
+  }
   py::gil_scoped_release release;
   return parser->Parse(data + begin, data + info.size, max_rows) - data;
 }
@@ -50,6 +59,12 @@ py::tuple Take(LibsvmParser* parser) {
   return taken;
 }
 
+// An array of our own: who owns the other may change it at any time.
+template <typename T>
+Array<T> CopyOf(const Array<T>& array) {
+  return Array<T>(Sizes(array.shape(), array.shape() + array.ndim()), array.data());
+}
+
 // Throws unless every pair that row_splits speak of is there.
 PairRows CheckedRows(const Array<int64_t>& row_splits, const std::optional<Array<int32_t>>& fields,
                      const int64_t* indices, const float* values, int64_t num_pairs) {
@@ -62,7 +77,9 @@ PairRows CheckedRows(const Array<int64_t>& row_splits, const std::optional<Array
 }
 
 Array<int64_t> MostPairsOf(const Array<int64_t>& row_splits, const Array<int32_t>& fields, int64_t num_fields) {
-  const PairRows rows = CheckedRows(row_splits, fields, nullptr, nullptr, fields.size());
+  const auto kept_splits = CopyOf(row_splits);
+  const auto kept_fields = CopyOf(fields);
+  const PairRows rows = CheckedRows(kept_splits, kept_fields, nullptr, nullptr, fields.size());
   Array<int64_t> most(num_fields);
   int64_t* data = most.mutable_data();
   bool fits;
@@ -78,17 +95,21 @@ int64_t Pad(const Array<int64_t>& row_splits, const std::optional<Array<int32_t>
             const Array<int64_t>& indices, const Array<float>& values, const Array<int64_t>& field_splits,
             Array<int64_t> to_indices, Array<float> to_values) {
   if (values.size() != indices.size()) throw py::value_error("indices and values must be equally many");
-  const PairRows rows = CheckedRows(row_splits, fields, indices.data(), values.data(), indices.size());
-  const int64_t num_fields = field_splits.size() - 1;
-  bool fits = num_fields >= 0 && field_splits.at(0) == 0;
-  for (int64_t f = 0; fits && f < num_fields; ++f) fits = field_splits.at(f) <= field_splits.at(f + 1);
+  const auto kept_splits = CopyOf(row_splits), kept_field_splits = CopyOf(field_splits);
+  std::optional<Array<int32_t>> kept_fields;
+  if (fields) kept_fields = CopyOf(*fields);
+  const PairRows rows = CheckedRows(kept_splits, kept_fields, indices.data(), values.data(), indices.size());
+  const int64_t num_fields = kept_field_splits.size() - 1;
+  const int64_t* splits = kept_field_splits.data();
+  bool fits = num_fields >= 0 && splits[0] == 0;
+  for (int64_t f = 0; fits && f < num_fields; ++f) fits = splits[f] <= splits[f + 1];
   for (const py::array& to : {py::array(to_indices), py::array(to_values)})
-    fits = fits && to.ndim() == 2 && to.shape(0) == rows.num_rows && to.shape(1) == field_splits.at(num_fields);
+    fits = fits && to.ndim() == 2 && to.shape(0) == rows.num_rows && to.shape(1) == splits[num_fields];
   if (!fits) throw py::value_error("field_splits must ascend from 0 to the columns of the matrices, of a row each");
   int64_t* index = to_indices.mutable_data();
   float* value = to_values.mutable_data();
   py::gil_scoped_release release;
-  return PadRows(rows, num_fields, field_splits.data(), index, value);
+  return PadRows(rows, num_fields, splits, index, value);
 }
 
 }  // namespace

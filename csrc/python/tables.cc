@@ -51,6 +51,7 @@ class Column {
     texts_.starts = starts.data();
     texts_.ends = ends.data();
     texts_.data = data.size() ? static_cast<const char*>(data.data()) : "";  // null would be missing
+    texts_.size = data.size();
     texts_.count = starts.size();
     texts_.empty_is_missing = empty_is_missing;
     if (validity) {
@@ -377,10 +378,12 @@ py::array_t<int64_t> Order(const py::array_t<uint64_t, py::array::c_style>& coun
                            const py::array_t<uint8_t, py::array::c_style>& texts) {
   const int64_t count = counts.size();
   bool good = columns.size() == count && keys.size() == count && (!text_ends || text_ends->size() == count);
+  std::vector<uint64_t> kept_ends;  // a copy: the array's owner may change it at any time
+  if (good && text_ends) kept_ends.assign(text_ends->data(), text_ends->data() + count);
   for (int64_t i = 0; good && text_ends && i < count; ++i)
-    good = text_ends->at(i) <= static_cast<uint64_t>(texts.size()) && (!i || text_ends->at(i - 1) <= text_ends->at(i));
+    good = kept_ends[i] <= static_cast<uint64_t>(texts.size()) && (!i || kept_ends[i - 1] <= kept_ends[i]);
   if (!good) throw py::value_error("counts, columns, keys and texts do not fit");
-  const uint64_t* ends = text_ends ? text_ends->data() : nullptr;
+  const uint64_t* ends = text_ends ? kept_ends.data() : nullptr;
   std::vector<int64_t> order;
   {
     py::gil_scoped_release release;
@@ -402,7 +405,7 @@ void FillBags(const py::array_t<int64_t, py::array::c_style>& row_splits,
       values.shape(1) != indices.shape(1))
     throw py::type_error("indices and values must be int64 and float32 [rows, size]");
   const int64_t rows = row_splits.size() - 1, size = indices.shape(1);
-  const int64_t* split = row_splits.data();
+  const std::vector<int64_t> split(row_splits.data(), row_splits.data() + row_splits.size());  // its owner may change it
   bool good = split[0] >= 0 && split[rows] <= ids.size() && (!weights || weights->size() == ids.size());
   for (int64_t row = 0; good && row < rows; ++row) good = split[row] <= split[row + 1];
   if (!good) throw py::value_error("row_splits do not fit the ids");

@@ -1,6 +1,7 @@
 // Columns of text, where they lie: Arrow's buffers, or what was packed or split from them.
 //
-//   cell i         the bytes [starts[i], ends[i]) of data; missing where its bit of `validity` is 0
+//   cell i         the bytes [starts[i], ends[i]) of data; missing where its bit of `validity` is 0, or where they lie
+//                  outside the data: whoever owns the arrays may change them at any time
 //   of Arrow       ends = starts + 1: one array of offsets
 #ifndef DEEPFM_TABLES_TEXTS_H_
 #define DEEPFM_TABLES_TEXTS_H_
@@ -16,6 +17,7 @@ struct Texts {
   const void* ends = nullptr;
   bool wide = false;
   const char* data = nullptr;
+  int64_t size = 0;                   // of the data
   const uint8_t* validity = nullptr;  // Arrow's bits, or null: all are there
   int64_t first_bit = 0;              // of cell 0 in `validity`
   int64_t count = 0;
@@ -30,10 +32,15 @@ struct Texts {
       const int64_t bit = first_bit + i;
       if (!(validity[bit >> 3] >> (bit & 7) & 1)) return {nullptr, 0};
     }
-    const int64_t start = wide ? static_cast<const int64_t*>(starts)[i] : static_cast<const int32_t*>(starts)[i];
-    const int64_t end = wide ? static_cast<const int64_t*>(ends)[i] : static_cast<const int32_t*>(ends)[i];
-    if (start == end && empty_is_missing) return {nullptr, 0};
+    const int64_t start = ReadOnce(starts, i), end = ReadOnce(ends, i);
+    if ((start == end && empty_is_missing) || start < 0 || start > end || end > size) return {nullptr, 0};
     return {data + start, end - start};
+  }
+
+ private:
+  int64_t ReadOnce(const void* offsets, int64_t i) const {
+    return wide ? __atomic_load_n(static_cast<const int64_t*>(offsets) + i, __ATOMIC_RELAXED)
+                : __atomic_load_n(static_cast<const int32_t*>(offsets) + i, __ATOMIC_RELAXED);
   }
 };
 

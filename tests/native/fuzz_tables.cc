@@ -58,6 +58,7 @@ struct Column {
     }
     data = Exactly(joined.data(), joined.size());
     texts.data = data.get();
+    texts.size = static_cast<int64_t>(joined.size());
     if (missing_percent) {
       validity = Exactly(bits.data(), bits.size());
       texts.validity = validity.get();
