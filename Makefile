@@ -21,7 +21,8 @@ BIN := .venv/bin
 TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := op/test_kernels models/test_saving models/test_private_names serving/test_scorer serving/test_serve \
+INDEPENDENT := models/test_saving models/test_private_names serving/test_scorer serving/test_serve \
+  $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
   $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources) \
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
