@@ -31,6 +31,11 @@ def row_counts_of(variable):
     return getattr(variable, "row_counts", lambda: None)()
 
 
+def _number(x, dtype):
+    """A scalar of the dtype; a Python number goes there at once, not by way of float32 as in tf.cast."""
+    return tf.cast(x, dtype) if tf.is_tensor(x) else tf.constant(x, dtype)
+
+
 def _added_up(slices):
     """The slices with equal indices added up, in the dtype that sums are kept in; ascending."""
     slices = _map(lambda g: tf.cast(g, arguments.accumulation_dtype(g.dtype)), slices)
@@ -109,7 +114,7 @@ class _Sparse(Averaging):
         dtype = arguments.accumulation_dtype(value.dtype)
         rate = tf.cast(learning_rate, dtype)
         decay = rate * self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
-        hyper = [tf.cast(x, dtype) for x in (decay, *self._hyper(rate))]
+        hyper = [_number(x, dtype) for x in (decay, *self._hyper(rate))]
         slots = [slot.value for slot in self._slots(variable)]
         lags = []
         tracked = self._trainable_variables[self._get_variable_index(variable)]
@@ -257,7 +262,7 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
             return super().update_step(gradient, variable, learning_rate)
         (slot,) = self._slots(variable)
         dtype = arguments.accumulation_dtype(tf.as_dtype(variable.dtype))
-        hyper = [tf.cast(x, dtype) for x in self._hyper(learning_rate)]
+        hyper = [_number(x, dtype) for x in self._hyper(learning_rate)]
         g, p, s = (tf.cast(tf.convert_to_tensor(x), dtype) for x in (gradient, variable, slot))
         p, (s,) = self._row_step(g, p, [s], hyper)
         self.assign(slot, s)
@@ -335,7 +340,7 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
 
     def _hyper(self, rate):
         step = tf.cast(self.iterations + 1, rate.dtype)
-        beta_1, beta_2 = tf.cast(self.beta_1, rate.dtype), tf.cast(self.beta_2, rate.dtype)
+        beta_1, beta_2 = _number(self.beta_1, rate.dtype), _number(self.beta_2, rate.dtype)
         correction = tf.sqrt(1 - tf.pow(beta_2, step)) / (1 - tf.pow(beta_1, step))
         return [rate * correction, 1 - self.beta_1, 1 - self.beta_2, self.epsilon]
 

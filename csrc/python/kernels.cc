@@ -16,6 +16,7 @@
 #include "../kernels/cpu_kernels.h"
 #include "../kernels/fm.h"
 #include "../tables/fingerprint.h"
+#include "release_gil.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -192,7 +193,7 @@ py::tuple Forward(const py::array& table, const py::array& indices, const std::o
   }
   int64_t bad;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     bad = FmForward(args, in.Pool());
   }
   in.CheckIndices(bad);
@@ -228,7 +229,7 @@ py::tuple Gradient(const py::array& table, const py::array& indices, const std::
   RowGroups groups;
   int64_t bad;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     bad = groups.Build(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, in.Pool());
   }
   in.CheckIndices(bad);
@@ -240,7 +241,7 @@ py::tuple Gradient(const py::array& table, const py::array& indices, const std::
   args.d_values = need_values ? d_values.mutable_data() : nullptr;
   int64_t* unique_data = static_cast<int64_t*>(unique.mutable_data());
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     std::copy_n(groups.rows(), groups.size(), unique_data);
     FmGradient(args, in.Pool());
   }
@@ -300,7 +301,7 @@ double ReadRows(const py::array& table, const py::array& indices, int64_t distan
   const char* rows = static_cast<const char*>(table.data());
   const int64_t* index = static_cast<const int64_t*>(indices.data());
   std::atomic<uint64_t> seen{0};  // what was read must be used, or the compiler drops the reads
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   const auto start = std::chrono::steady_clock::now();
   pool.For(n, 4096, [&](int64_t begin, int64_t end) {
     seen ^= Kernels().read_rows(rows, in.shape.num_rows, row_bytes, index, begin, end, n, distance);

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "release_gil.h"
+
 namespace py = pybind11;
 
 namespace deepfm {
@@ -34,23 +36,20 @@ int64_t Parse(LibsvmParser* parser, const py::buffer& buffer, int64_t begin, int
     throw py::value_error("data must be bytes in a row");
   if (begin < 0 || begin >= info.size || data[info.size - 1] != '\n')
     throw py::value_error("data must hold lines from begin on, the last with its end");
-  std::string copy;
-  if (!PyBytes_Check(buffer.ptr())) {  // anything else may change under the parser, which trusts the last '\n'
-    copy.assign(data, info.size);
-    copy.back() = '\n';
-    data = copy.data();
-  }
-  py::gil_scoped_release release;
+  const ReleaseGil release;
+  const std::lock_guard<std::mutex> lock(parser->mutex);
   return parser->Parse(data + begin, data + info.size, max_rows) - data;
 }
 
 py::object Bad(const LibsvmParser& parser) {
+  const std::lock_guard<std::mutex> lock(parser.mutex);
   const LibsvmParser::Bad* bad = parser.bad();
   if (!bad) return py::none();
   return py::make_tuple(bad->line, bad->column, bad->is_label, py::bytes(bad->token));
 }
 
 py::tuple Take(LibsvmParser* parser) {
+  const std::lock_guard<std::mutex> lock(parser->mutex);
   py::object fields = py::none();
   if (parser->has_fields()) fields = ToArray(&parser->fields);
   py::tuple taken = py::make_tuple(ToArray(&parser->labels), ToArray(&parser->row_splits), fields,
@@ -84,7 +83,7 @@ Array<int64_t> MostPairsOf(const Array<int64_t>& row_splits, const Array<int32_t
   int64_t* data = most.mutable_data();
   bool fits;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     fits = MostPairs(rows, num_fields, data);
   }
   if (!fits) throw py::value_error("fields must be in [0, " + std::to_string(num_fields) + ")");
@@ -108,7 +107,7 @@ int64_t Pad(const Array<int64_t>& row_splits, const std::optional<Array<int32_t>
   if (!fits) throw py::value_error("field_splits must ascend from 0 to the columns of the matrices, of a row each");
   int64_t* index = to_indices.mutable_data();
   float* value = to_values.mutable_data();
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   return PadRows(rows, num_fields, splits, index, value);
 }
 

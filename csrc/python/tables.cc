@@ -14,6 +14,7 @@
 #include "../tables/fingerprint.h"
 #include "../tables/texts.h"
 #include "../tables/vocabulary.h"
+#include "release_gil.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -153,7 +154,7 @@ class Column {
   py::tuple SplitAt(const std::string& separator, bool weighted) const {
     Pieces pieces;
     {
-      py::gil_scoped_release release;
+      const ReleaseGil release;
       pieces = Split(texts_, separator, weighted);
     }
     auto column =
@@ -169,7 +170,7 @@ class Column {
     double* number = numbers.mutable_data();
     int64_t bad = -1;
     {
-      py::gil_scoped_release release;
+      const ReleaseGil release;
       for (int64_t i = 0; i < texts_.count; ++i) {
         const Texts::Cell cell = texts_.At(i);
         const Spelled spelled = cell.text ? ReadNumber(cell.text, cell.size, &number[i]) : Spelled::kMissing;
@@ -181,7 +182,7 @@ class Column {
   }
 
   int64_t BadText() const {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     return FirstBadText(texts_, kLongestText);
   }
 
@@ -196,7 +197,7 @@ class Column {
     if (buckets < 1) throw py::value_error("buckets must be at least 1, got " + std::to_string(buckets));
     py::array_t<int64_t> found(texts_.count);
     int64_t* bucket = found.mutable_data();
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     for (int64_t i = 0; i < texts_.count; ++i) {
       const Texts::Cell cell = texts_.At(i);
       bucket[i] =
@@ -241,7 +242,7 @@ class Blocks {
   }
   int64_t FirstBad(int64_t begin, int64_t end) {
     if (begin < 0 || end > content_.size()) throw py::index_error();
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     return blocks_.FirstBad(begin, end);
   }
   CheckedBlocks* get() { return &blocks_; }
@@ -285,7 +286,7 @@ class Table {
     const int64_t value_stride = values ? values->strides(0) / static_cast<py::ssize_t>(sizeof(float)) : 0;
     Found found;
     {
-      py::gil_scoped_release release;
+      const ReleaseGil release;
       found = vocabulary_.Find(column, texts.texts(), unseen, id, stride, value, value_stride,
                                ThreadPool::Get().Lend(threads));
     }
@@ -322,7 +323,7 @@ py::tuple Count(Counter& counter, const Column& texts, const Table* known, std::
   }
   Found found;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     found = counter.Add(texts.texts(), known ? &known->get() : nullptr, count, num_counts);
   }
   Table::CheckDamage(found.damaged);
@@ -332,12 +333,19 @@ py::tuple Count(Counter& counter, const Column& texts, const Table* known, std::
 py::tuple Finish(const Counter& counter, uint64_t least) {
   Counter::Values values;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     values = counter.Finish(least);
   }
   return py::make_tuple(Copied(values.keys), Copied(values.counts), Copied(values.text_ends),
                         py::array_t<uint8_t>(static_cast<py::ssize_t>(values.texts.size()),
                                              reinterpret_cast<const uint8_t*>(values.texts.data())));
+}
+
+// An array that nobody changes while it is sorted by: one that may be written to is copied.
+template <typename T>
+py::array_t<T, py::array::c_style> Steady(const py::array_t<T, py::array::c_style>& array) {
+  if (!array.writeable()) return array;
+  return py::array_t<T, py::array::c_style>(array.size(), array.data());
 }
 
 // The slots of keys and ids, as bytes [capacity * 16].
@@ -354,7 +362,7 @@ py::array_t<uint8_t> Slots(const py::array_t<uint64_t, py::array::c_style>& keys
   const uint64_t* key = keys.data();
   const uint32_t* id = ids.data();
   const int64_t count = keys.size();
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   std::fill_n(static_cast<uint64_t*>(data), capacity * 2, 0);
   Fill(static_cast<Slot*>(data), capacity, key, id, count);
   return slots;
@@ -363,7 +371,7 @@ py::array_t<uint8_t> Slots(const py::array_t<uint64_t, py::array::c_style>& keys
 py::array_t<uint64_t> Keys(uint32_t column, const Column& texts) {
   py::array_t<uint64_t> keys(texts.texts().count);
   uint64_t* key = keys.mutable_data();
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   for (int64_t i = 0; i < texts.texts().count; ++i) {
     const Texts::Cell cell = texts.texts().At(i);
     key[i] = cell.text ? KeyOf(column, cell.text, cell.size) : 0;
@@ -371,22 +379,25 @@ py::array_t<uint64_t> Keys(uint32_t column, const Column& texts) {
   return keys;
 }
 
-py::array_t<int64_t> Order(const py::array_t<uint64_t, py::array::c_style>& counts,
-                           const py::array_t<uint32_t, py::array::c_style>& columns,
-                           const py::array_t<uint64_t, py::array::c_style>& keys,
-                           const std::optional<py::array_t<uint64_t, py::array::c_style>>& text_ends,
-                           const py::array_t<uint8_t, py::array::c_style>& texts) {
+py::array_t<int64_t> Order(py::array_t<uint64_t, py::array::c_style> counts,
+                           py::array_t<uint32_t, py::array::c_style> columns,
+                           py::array_t<uint64_t, py::array::c_style> keys,
+                           std::optional<py::array_t<uint64_t, py::array::c_style>> text_ends,
+                           py::array_t<uint8_t, py::array::c_style> texts) {
+  counts = Steady(counts);
+  columns = Steady(columns);
+  keys = Steady(keys);
+  if (text_ends) text_ends = Steady(*text_ends);
+  texts = Steady(texts);
   const int64_t count = counts.size();
   bool good = columns.size() == count && keys.size() == count && (!text_ends || text_ends->size() == count);
-  std::vector<uint64_t> kept_ends;  // a copy: the array's owner may change it at any time
-  if (good && text_ends) kept_ends.assign(text_ends->data(), text_ends->data() + count);
   for (int64_t i = 0; good && text_ends && i < count; ++i)
-    good = kept_ends[i] <= static_cast<uint64_t>(texts.size()) && (!i || kept_ends[i - 1] <= kept_ends[i]);
+    good = text_ends->at(i) <= static_cast<uint64_t>(texts.size()) && (!i || text_ends->at(i - 1) <= text_ends->at(i));
   if (!good) throw py::value_error("counts, columns, keys and texts do not fit");
-  const uint64_t* ends = text_ends ? kept_ends.data() : nullptr;
+  const uint64_t* ends = text_ends ? text_ends->data() : nullptr;
   std::vector<int64_t> order;
   {
-    py::gil_scoped_release release;
+    const ReleaseGil release;
     order =
         OrderOf(counts.data(), columns.data(), keys.data(), ends, reinterpret_cast<const char*>(texts.data()), count);
   }
@@ -405,7 +416,8 @@ void FillBags(const py::array_t<int64_t, py::array::c_style>& row_splits,
       values.shape(1) != indices.shape(1))
     throw py::type_error("indices and values must be int64 and float32 [rows, size]");
   const int64_t rows = row_splits.size() - 1, size = indices.shape(1);
-  const std::vector<int64_t> split(row_splits.data(), row_splits.data() + row_splits.size());  // its owner may change it
+  const std::vector<int64_t> split(row_splits.data(),
+                                   row_splits.data() + row_splits.size());  // its owner may change it
   bool good = split[0] >= 0 && split[rows] <= ids.size() && (!weights || weights->size() == ids.size());
   for (int64_t row = 0; good && row < rows; ++row) good = split[row] <= split[row + 1];
   if (!good) throw py::value_error("row_splits do not fit the ids");
@@ -413,7 +425,7 @@ void FillBags(const py::array_t<int64_t, py::array::c_style>& row_splits,
   auto value = values.mutable_unchecked<float, 2>();
   const int64_t* id = ids.data();
   const float* weight = weights ? weights->data() : nullptr;
-  py::gil_scoped_release release;
+  const ReleaseGil release;
   for (int64_t row = 0; row < rows; ++row) {
     int64_t count = 0;
     for (int64_t i = split[row]; i < split[row + 1] && count < size; ++i) {
@@ -502,7 +514,7 @@ void BindTables(py::module_& parent) {
         CheckVector<uint8_t>("content", content);
         std::vector<uint64_t> sums;
         {
-          py::gil_scoped_release release;
+          const ReleaseGil release;
           sums = CheckedBlocks::Sums(static_cast<const char*>(content.data()), content.size());
         }
         return Copied(sums);

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <string>
 #include <utility>
@@ -80,9 +81,13 @@ class LibsvmParser {
   const char* Parse(const char* p, const char* end, int64_t max_rows) {
     while (p < end && labels.size() < max_rows) {
       const char* line_end = static_cast<const char*>(std::memchr(p, '\n', end - p));
-      const char* token = has_fields_ ? ReadLine<true>(p, line_end) : ReadLine<false>(p, line_end);
+      if (!line_end) line_end = end - 1;  // it was there before
+      line_.assign(p, line_end);  // the bytes' owner may change them at any time, and the loops end at '\n' only
+      line_ += '\n';
+      const char *line = line_.data(), *last = line + line_.size() - 1;
+      const char* token = has_fields_ ? ReadLine<true>(line, last) : ReadLine<false>(line, last);
       if (token && !skip_) {
-        SetBad(p, token);
+        SetBad(line, token);
         break;
       }
       skipped += token != nullptr;
@@ -100,8 +105,9 @@ class LibsvmParser {
   Growing<float> values;        // [nnz]
   void StartRows() { Append(0, &row_splits); }
 
-  int64_t lines = 0;    // that were read
-  int64_t skipped = 0;  // of these
+  int64_t lines = 0;         // that were read
+  int64_t skipped = 0;       // of these
+  mutable std::mutex mutex;  // for callers that share a parser
   bool has_fields() const { return has_fields_; }
   const Bad* bad() const { return is_bad_ ? &bad_ : nullptr; }
 
@@ -225,6 +231,7 @@ class LibsvmParser {
   const bool has_fields_, skip_;
   bool is_bad_ = false;
   Bad bad_;
+  std::string line_;
 };
 
 // Rows of pairs. Without fields, all pairs are of field 0.

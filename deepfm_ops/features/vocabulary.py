@@ -170,6 +170,8 @@ class Vocabulary:
         if self.keeps_texts:
             sizes = _joined([np.diff(part.text_ends.astype(np.int64), prepend=0) for part in values], np.int64)
             texts, ends = _joined([part.texts for part in values], np.uint8), np.cumsum(sizes).astype(np.uint64)
+        for array in (number, columns, keys, texts, *([] if ends is None else [ends])):
+            array.flags.writeable = False  # or it would be copied
         order = native.order(number, columns, keys, ends, texts)
         freed = np.flatnonzero(self.columns == 0)[1:]
         if others:
