@@ -1,26 +1,61 @@
-"""A zip of a JSON manifest and uncompressed .npy arrays, used where they lie; `numpy.load` reads it too."""
+"""A zip of a JSON manifest and uncompressed .npy arrays, used where they lie; `numpy.load` reads it too.
+
+Entries lie one behind the other from the file's first byte, the manifest first: each a local header whose last 20 bytes
+are its size in zip64's form, and its data. They are read in exactly this form, from those headers; whatever else a zip
+or an .npy may be is an error, so that a file that somebody else made cannot ask for more memory than it has bytes.
+"""
 
 import io
+import json
+import math
 import os
+import re
 import struct
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 
 MANIFEST = "manifest.json"
 LONGEST_HEADER = 512  # of a .npy of ours
+LARGEST_MANIFEST = 1 << 28  # bytes; a vocabulary of ten million texts fits
+MOST_ENTRIES = 1 << 16
+DEEPEST = 16  # lists and objects within each other
 _ALIGNMENT = 64
+_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,300}\.npy")
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(..)"
+    rb"\{'descr': '(<f4|<f8|<i4|<i8|<u2|<u4|<u8|\|u1)', 'fortran_order': False, 'shape': "
+    rb"\((\d{1,15},|\d{1,15}, \d{1,15})\), \} *\n",
+    re.DOTALL,
+)
+
+
+class Entry(NamedTuple):
+    """Where an entry lies in the file: its local header, its data, and what comes after."""
+
+    header: int
+    start: int
+    end: int
 
 
 def write_entry(archive, name, data, header=b""):
     """One entry whose data start at a multiple of the alignment."""
     info = zipfile.ZipInfo(name)
-    fixed = archive.fp.tell() + 30 + len(name) + 20  # the local header, with the block that zip64 adds
+    fixed = archive.fp.tell() + 30 + len(name.encode()) + 20  # the local header, with the block that zip64 adds
     padding = -(fixed + 4 + len(header)) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0xFFFF, padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=True) as entry:
         entry.write(header)
         entry.write(data)
+
+
+def write_manifest(archive, manifest):
+    """The first entry. Raises ValueError for one that is larger than `manifest` reads."""
+    content = json.dumps(manifest, default=lambda x: x.item()).encode()
+    if len(content) > LARGEST_MANIFEST:
+        raise ValueError(f"the manifest has {len(content):,} bytes, {LARGEST_MANIFEST:,} is the most")
+    write_entry(archive, MANIFEST, content)
 
 
 def write_array(archive, name, array):
@@ -37,15 +72,75 @@ def seal(file, text):
     file.write(struct.pack("<H", len(comment)) + comment)
 
 
-def data_start(content, entry):
-    """Where an entry's data begin in the mapped file."""
-    return entry.header_offset + 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
+def entries(content):
+    """(Entry of the manifest, {name of an array: Entry}) of a mapped file. Raises ValueError for another layout."""
+    found, at = {}, 0
+    while content[at : at + 4] == b"PK\x03\x04":
+        name, entry = _entry(content, at)
+        if not (_NAME.fullmatch(name) if found else name == MANIFEST):
+            raise ValueError(f"entry {len(found)} has the name {name[:100]!r}")
+        if name in found:
+            raise ValueError(f"entry {name!r} is there twice")
+        if len(found) > MOST_ENTRIES:
+            raise ValueError(f"it has more than {MOST_ENTRIES:,} arrays")
+        found[name] = entry
+        at = entry.end
+    if not found or content[at : at + 4] != b"PK\x01\x02":
+        raise ValueError(f"at byte {at} there is no entry, and no zip's directory")
+    manifest = found.pop(MANIFEST)
+    return manifest, {name.removesuffix(".npy"): entry for name, entry in found.items()}
+
+
+def _entry(content, at):
+    """(name, Entry) of the local header at a place."""
+    header = content[at : at + 30]
+    if len(header) < 30:
+        raise ValueError(f"the entry at byte {at} is cut off")
+    _, flags, method, *_, name_size, extra_size = struct.unpack("<4x5H3I2H", header)
+    if flags & ~0x800 or method:  # 0x800: the name is UTF-8
+        raise ValueError(f"the entry at byte {at} is compressed or encrypted: flags {flags}, method {method}")
+    start = at + 30 + name_size + extra_size
+    name = content[at + 30 : at + 30 + name_size].decode("utf-8")
+    size_block = content[max(at + 30 + name_size, start - 20) : start]
+    if len(size_block) < 20:
+        raise ValueError(f"entry {name[:100]!r} has no size of 64 bits")
+    tag, length, size, stored = struct.unpack("<HHQQ", size_block)
+    if (tag, length, stored) != (1, 16, size) or start + size > len(content):
+        raise ValueError(f"entry {name[:100]!r} has {size} bytes, stored as {stored}, which the file does not have")
+    return name, Entry(at, start, start + size)
+
+
+def manifest(content, entry):
+    """The manifest, parsed. Raises ValueError for one that is not JSON, too large, or too deep."""
+    size = entry.end - entry.start
+    if size > LARGEST_MANIFEST:
+        raise ValueError(f"the manifest has {size:,} bytes, {LARGEST_MANIFEST:,} is the most")
+    return parsed(content[entry.start : entry.end])
+
+
+def parsed(text):
+    """JSON from text or UTF-8. Raises ValueError for anything else, and for lists and objects that lie too deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value = None
+    if value is None or not _is_shallow(value, DEEPEST):
+        raise ValueError(f"its JSON is null, or holds lists and objects more than {DEEPEST} deep")
+    return value
+
+
+def _is_shallow(value, depth):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(part, depth - 1) for part in inner if isinstance(part, dict | list))
 
 
 def array(content, entry):
-    """The array of an entry, where it lies."""
-    start = data_start(content, entry)
-    header = io.BytesIO(content[start : start + LONGEST_HEADER])
-    np.lib.format.read_magic(header)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    return np.frombuffer(content, dtype, int(np.prod(shape)), start + header.tell()).reshape(shape)
+    """The array of an entry, where it lies. Raises ValueError for an .npy of another form than ours."""
+    known = _NPY.match(content[entry.start : min(entry.end, entry.start + LONGEST_HEADER)])
+    if not known or known.end() != 10 + int.from_bytes(known[1], "little"):
+        raise ValueError(f"the entry at byte {entry.header} is no .npy array of this package's form")
+    dtype, shape = np.dtype(known[2].decode()), tuple(int(size) for size in known[3].split(b",") if size)
+    start, count = entry.start + known.end(), math.prod(shape)
+    if start % _ALIGNMENT or count * dtype.itemsize != entry.end - start:
+        raise ValueError(f"at byte {start} {dtype} of shape {shape} does not fit {entry.end - start} aligned bytes")
+    return np.frombuffer(content, dtype, count, start).reshape(shape)

@@ -1,7 +1,8 @@
 """Serves a file that `deepfm_ops.export_scorer` wrote over HTTP: JSON in, scores out, without TensorFlow.
 
 pip install ".[serve]"
-python examples/serve.py model.scorer [--host NAME] [--port N] [--max-batch N] [--max-body BYTES] [--reload-seconds S]
+python examples/serve.py model.scorer [--host NAME] [--port N] [--max-batch N] [--max-body BYTES] [--max-bodies BYTES]
+                         [--body-seconds S] [--reload-seconds S]
 
     curl localhost:8000/score -d '{"indices": [[3, 20, 41]], "values": [[1, 1, 0.5]]}'
     {"scores":[0.53125],"version":"9b1c..."}
@@ -9,7 +10,9 @@ python examples/serve.py model.scorer [--host NAME] [--port N] [--max-batch N] [
 `values` may be left out: all ones. A model of raw features takes {"inputs": {"user": ["ann"], "age": [0.3]}}. A score
 that is not a finite number is null. "version" is that of the model that computed the scores, whatever is loaded
 meanwhile: replace the file as a whole (as export_scorer does), and the server scores with the new one from then on.
-What cannot be scored is answered by 400 (not JSON), 413 (too large) or 422, and {"detail": what is wrong}.
+What cannot be scored is answered by 400 (not JSON), 413 (too large) or 422, and {"detail": what is wrong}. A request
+that takes too long to arrive is answered by 408, one whose body finds no memory left by 503, and its connection closed:
+however many clients are slow, they hold no more than that, and the others are served.
 """
 
 import os
@@ -20,8 +23,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import gc
 import itertools
 import logging
+import resource
 import sys
 import threading
 from asyncio import get_running_loop
@@ -30,6 +36,8 @@ import numpy as np
 import orjson
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 import deepfm_ops
 from deepfm_ops.scorer import Scorer, ScorerFileError
@@ -37,16 +45,69 @@ from deepfm_ops.scorer import Scorer, ScorerFileError
 # A request up to this size is answered on the event loop, a larger one in a thread, so that short ones do not wait for
 # it: so many samples take a DeepFM with three layers of 400 about a millisecond, the way to a thread and back 0.1 ms.
 INLINE_BYTES, INLINE_BATCH = 1 << 15, 64
+LONGEST_HEAD = 1 << 16  # bytes of a request's line and headers
 log = logging.getLogger("uvicorn.error")
 
 
-def create_app(path, *, max_batch=1024, max_body=4 << 20, reload_seconds=1.0):
+class Patient(AutoHTTPProtocol):
+    """uvicorn's protocol, for clients that may never send what they began: it waits for a request so long, no longer.
+
+    uvicorn itself waits for ever, but for the first byte after an answer. The time counts from the connection, or from
+    a later request's first byte, to the last byte of the body.
+    """
+
+    seconds = 10.0
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._head, self._silent = 0, True  # bytes of a line and headers that have not come to their end
+        self._start()
+
+    def data_received(self, data):
+        self._silent = False
+        super().data_received(data)
+        is_begun = self.cycle is not None and not self.cycle.response_complete
+        self._head = 0 if is_begun else self._head + len(data)
+        if self._head > LONGEST_HEAD:
+            self._give_up("431 Request Header Fields Too Large", f"the headers have more than {LONGEST_HEAD} bytes")
+        elif is_begun and not self.cycle.more_body:
+            self._stop()
+        elif self._timer is None:
+            self._start()
+
+    def connection_lost(self, exc):
+        self._stop()
+        super().connection_lost(exc)
+        self.cycle = None  # else both wait for the garbage collector, who holds everybody up
+
+    def _start(self):
+        what = f"the request took more than {self.seconds:g} s to arrive"
+        self._timer = self.loop.call_later(self.seconds, self._give_up, "408 Request Timeout", what)
+
+    def _stop(self):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self, status, detail):
+        """Answers, if something was asked and no answer has begun, and closes the connection."""
+        self._stop()
+        is_answered = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not self._silent and not is_answered and not self.transport.is_closing():
+            body = f'{{"detail":"{detail}"}}'
+            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            self.transport.write(f"{head}Connection: close\r\n\r\n{body}".encode())
+        self.transport.close()
+
+
+def create_app(path, *, max_batch=1024, max_body=4 << 20, max_bodies=256 << 20, reload_seconds=1.0):
     """The ASGI application.
 
     Args:
         path: of the model.
         max_batch: the most samples of a request.
         max_body: the most bytes of a request's body.
+        max_bodies: the most bytes of all bodies that are there at a time; short ones always find room.
         reload_seconds: how often to look whether the file is another one.
 
     Raises:
@@ -57,6 +118,7 @@ def create_app(path, *, max_batch=1024, max_body=4 << 20, reload_seconds=1.0):
     scorer = Scorer.load(path)
     stopping = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "score")
+    bodies = _Bodies(max_bodies)
 
     def watch():
         nonlocal scorer, stamp
@@ -98,14 +160,20 @@ def create_app(path, *, max_batch=1024, max_body=4 << 20, reload_seconds=1.0):
         return {"version": current.digest, "model": current.info, "deepfm_ops": deepfm_ops.__version__}
 
     async def score(request: Request):
-        body = await _read(request, max_body)
-        current, in_pool = scorer, get_running_loop().run_in_executor
-        if len(body) > INLINE_BYTES:
-            answer = await in_pool(pool, lambda: _answer(current, _parse(body), max_batch))
-        elif _batch(request_json := _parse(body)) > INLINE_BATCH:
-            answer = await in_pool(pool, _answer, current, request_json, max_batch)
-        else:
-            answer = _answer(current, request_json, max_batch)
+        body = bytearray()
+        try:
+            await _read(request, body, max_body, bodies)
+            current, in_pool = scorer, get_running_loop().run_in_executor
+            if len(body) > INLINE_BYTES:
+                answer = await in_pool(pool, lambda: _answer(current, _parse(body), max_batch))
+            elif _batch(request_json := _parse(body)) > INLINE_BATCH:
+                answer = await in_pool(pool, _answer, current, request_json, max_batch)
+            else:
+                answer = _answer(current, request_json, max_batch)
+        except ClientDisconnect:  # or the time was up: there is nobody to answer
+            return Response(status_code=408)
+        finally:
+            bodies.held -= len(body)
         return Response(answer, media_type="application/json")
 
     # A plain route: FastAPI's own reading of parameters would make a short request a third dearer, for nothing.
@@ -118,20 +186,34 @@ def _stamp(path):
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-async def _read(request, most):
-    """The body, of at most so many bytes, whether its length was announced or not."""
-    chunks, size = [], 0
+@dataclasses.dataclass
+class _Bodies:
+    """The bytes of all bodies that are there."""
+
+    most: int
+    held: int = 0
+
+
+async def _read(request, body, most, bodies):
+    """Appends the body, of at most so many bytes, whether its length was announced or not; counts them as held."""
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size <= most:
-            chunks.append(chunk)
-        elif size > 8 * most:
+            body += chunk
+            bodies.held += len(chunk)
+            if bodies.held > bodies.most and size > INLINE_BYTES:
+                again = {"Connection": "close", "Retry-After": "1"}
+                raise HTTPException(503, f"all bodies have more than {bodies.most} bytes: try again", again)
+            continue
+        bodies.held -= len(body)
+        body.clear()
+        if size > 8 * most:
             break
     if size > most:
         # Many clients look for an answer only after they have sent everything, so that the rest of a body that is too
         # long is read and forgotten; not without an end, and then the connection cannot be used again.
         raise HTTPException(413, f"the body has more than {most} bytes", {"Connection": "close"})
-    return b"".join(chunks)
 
 
 def _parse(body):
@@ -257,6 +339,8 @@ def main():
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-batch", type=int, default=1024, help="the most samples of a request")
     parser.add_argument("--max-body", type=int, default=4 << 20, help="the most bytes of a request")
+    parser.add_argument("--max-bodies", type=int, default=256 << 20, help="the most bytes of all requests at a time")
+    parser.add_argument("--body-seconds", type=float, default=10.0, help="how long a request may take to arrive")
     parser.add_argument("--reload-seconds", type=float, default=1.0, help="how often to look for a new file")
     arguments = parser.parse_args()
     try:
@@ -264,12 +348,20 @@ def main():
             arguments.model,
             max_batch=arguments.max_batch,
             max_body=arguments.max_body,
+            max_bodies=arguments.max_bodies,
             reload_seconds=arguments.reload_seconds,
         )
     except (OSError, ScorerFileError) as error:
         sys.exit(f"{parser.prog}: {error}")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every connection is a file
+    Patient.seconds = arguments.body_seconds
+    # A full collection goes over all connections there are, and holds everybody up. Young objects are still collected,
+    # and a request leaves hardly any that only a full one would find.
+    gc.set_threshold(*gc.get_threshold()[:2], 10_000)
     # A log line per request would make a short one a third dearer. SIGTERM: open requests have ten seconds to end.
-    uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False, timeout_graceful_shutdown=10)
+    options = {"access_log": False, "timeout_graceful_shutdown": 10, "http": Patient}
+    uvicorn.run(app, host=arguments.host, port=arguments.port, **options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """libsvm and libffm files: rows of any number of pairs, as text."""
 
-import functools
 import operator
 from typing import NamedTuple
 
 import numpy as np
 
 from deepfm_ops.data import libsvm_python, paths
+from deepfm_ops.forks import cached
 
 try:
     from deepfm_ops._kernels import LibsvmParser, most_pairs, pad_rows
@@ -64,7 +64,7 @@ class Samples:
     def num_fields(self):
         return len(self.field_sizes) if self.flat_fields is None else int(self.flat_fields.max(initial=0)) + 1
 
-    @functools.cached_property
+    @cached
     def field_sizes(self):
         if self.flat_fields is None:
             return [1] * max(1, int(np.diff(self.row_splits).max(initial=0)))
@@ -84,12 +84,12 @@ class Samples:
     def num_samples(self):
         return len(self)
 
-    @functools.cached_property
+    @cached
     def counts(self):
         """int64 [num_features], how often each index occurs with a value other than zero."""
         return np.bincount(self.flat_indices[self.flat_values != 0], minlength=self.num_features)
 
-    @functools.cached_property
+    @cached
     def _matrices(self):
         return self.padded(self.field_sizes)
 

@@ -1,13 +1,13 @@
 """Records that cannot be read: the first is an error that says which and why, or all are left out and counted."""
 
 import logging
-import threading
 
 import numpy as np
 
 from deepfm_ops.features import cells
 from deepfm_ops.features.tables import BadWeights
 from deepfm_ops.features.vocabulary import native
+from deepfm_ops.forks import Turn
 
 _LOGGER = logging.getLogger("deepfm_ops")
 
@@ -29,12 +29,12 @@ class Bad:
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', got {on_bad!r}")
         self.skips, self.count, self.first = on_bad == "skip", 0, None
-        self._turn = threading.Lock()  # chunks are read in several threads
+        self._turn = Turn()  # chunks are read in several threads
 
     def __call__(self, what, count=1):
         if not self.skips:
             raise BadRecord(what)
-        with self._turn:
+        with self._turn.of_this_process():
             self.count += count
             self.first = self.first or what
 

@@ -342,21 +342,26 @@ class Stream:
             except BaseException as error:  # the reader's error is raised where its rows would have come
                 put((None, error))
 
-        with concurrent.futures.ThreadPoolExecutor(self._threads, "deepfm_ops-encode") as pool:
-            reader = threading.Thread(target=read, name="deepfm_ops-read", daemon=True)
-            reader.start()
-            try:
-                while (item := tasks.get()) is not None:
-                    place, future = item
-                    if place is None:
-                        raise future
-                    arrays = future.result()
-                    if arrays is not None:
-                        yield place, arrays
-            finally:
+        pool = concurrent.futures.ThreadPoolExecutor(self._threads, "deepfm_ops-encode")
+        reader = threading.Thread(target=read, name="deepfm_ops-read", daemon=True)
+        reader.start()
+        owner = os.getpid()
+        try:
+            while (item := tasks.get()) is not None:
+                place, future = item
+                if place is None:
+                    raise future
+                arrays = future.result()
+                if arrays is not None:
+                    yield place, arrays
+                if os.getpid() != owner:
+                    raise RuntimeError("a pass over a stream cannot go on in a forked process: begin another one there")
+        finally:
+            if os.getpid() == owner:  # a forked process has none of the threads
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 reader.join()
+                pool.shutdown()
 
     def _tasks(self, epoch, first, chunk):
         pieces = self._all_pieces()

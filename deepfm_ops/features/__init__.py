@@ -9,10 +9,12 @@ from deepfm_ops.features.columns import (
     input_specs,
 )
 from deepfm_ops.features.dictionary import FeatureDictionary
+from deepfm_ops.features.vocabulary import DictionaryFileError
 
 __all__ = [
     "DEFAULT_GROUP_NAME",
     "DenseFeat",
+    "DictionaryFileError",
     "FeatureDictionary",
     "SparseFeat",
     "VarLenSparseFeat",

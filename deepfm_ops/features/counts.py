@@ -21,7 +21,7 @@ def checked(counts, num_features):
         ValueError: another length, or a negative one.
 
     """
-    counts = unpacked(counts) if isinstance(counts, str) else np.asarray(counts)
+    counts = unpacked(counts, num_features) if isinstance(counts, str) else np.asarray(counts)
     is_whole = counts.dtype.kind in "iu" or (counts.dtype.kind == "f" and np.array_equal(counts, np.round(counts)))
     if not is_whole or not np.isfinite(counts).all():
         raise TypeError(f"feature_counts must be whole numbers, got dtype {counts.dtype}")
@@ -38,8 +38,13 @@ def packed(counts):
     return base64.b64encode(zlib.compress(np.ascontiguousarray(counts, "<i4").tobytes())).decode()
 
 
-def unpacked(text):
+def unpacked(text, num_features):
+    """`packed` back, in memory for so many counts."""
+    unpacker = zlib.decompressobj()
     try:
-        return np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), "<i4")
+        content = unpacker.decompress(base64.b64decode(text, validate=True), 4 * num_features + 1)
+        if not unpacker.eof:
+            raise ValueError(f"they are cut off, or more than {num_features}")
+        return np.frombuffer(content, "<i4")
     except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
         raise ValueError(f"feature_counts are text that is none of a saved model's: {error}") from error

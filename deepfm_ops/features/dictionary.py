@@ -7,7 +7,6 @@ import base64
 import copy
 import dataclasses
 import itertools
-import json
 import operator
 import os
 import pathlib
@@ -17,13 +16,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from deepfm_ops.features import cells, dictionary_file, dictionary_lists
+from deepfm_ops import container
+from deepfm_ops.features import cells, dictionary_file, dictionary_lists, dictionary_state
+from deepfm_ops.features.dictionary_state import MOST_COLUMNS, MOST_FIELDS, NONFINITE
 from deepfm_ops.features.fields import LONGEST, TRANSFORMS, Field, Learner
 from deepfm_ops.features.tables import Table
-from deepfm_ops.features.vocabulary import DTYPES, Vocabulary, native
-
-NONFINITE = ("error", "missing")
-MOST_FIELDS = np.iinfo(np.uint16).max
+from deepfm_ops.features.vocabulary import DTYPES, DictionaryFileError, Vocabulary, native
 
 
 class FeatureDictionary:
@@ -499,6 +497,8 @@ class FeatureDictionary:
         for field in self.fields:
             if not isinstance(field.name, str | int):
                 raise ValueError(f"column {field.name!r}: a name must be text to be saved")
+        if self.num_columns > MOST_COLUMNS:
+            raise ValueError(f"matrices of {self.num_columns:,} columns cannot be saved, {MOST_COLUMNS:,} are the most")
         settings = (
             "min_count",
             "nonfinite",
@@ -544,15 +544,12 @@ class FeatureDictionary:
 
     @classmethod
     def _of(cls, content, arrays, blocks=None):
+        dictionary_state.check(content, arrays)
         options = {name: content[name] for name in ("unseen", "keep_texts", "sketch_bytes")}
         loaded = cls(content["min_count"], content["nonfinite"], **options)
         for name in ("separator", "label", "num_samples"):
             setattr(loaded, name, content[name])
         loaded.fields = [Field(**field) for field in content["fields"]]
-        if [field.number for field in loaded.fields] != list(range(1, len(loaded.fields) + 1)):
-            raise ValueError("its fields do not fit")
-        if len({len(arrays.get(name)) for name in DTYPES}) != 1:  # get: their content is checked at its first use
-            raise ValueError("its arrays are not equally long")
         loaded.vocabulary = Vocabulary(arrays, content["generation"], blocks)
         return loaded
 
@@ -565,7 +562,8 @@ class FeatureDictionary:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, of another format, or not a FeatureDictionary.
+            DictionaryFileError: a ValueError: the file is damaged, of another format, or not a FeatureDictionary. What
+                uses the dictionary later raises it too, where it meets damage.
 
         """
         try:
@@ -574,9 +572,10 @@ class FeatureDictionary:
                 # Whatever is done once is done now, and not in a server's first request.
                 loaded.transform({field.name: None for field in loaded.fields})
                 return loaded
-            return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable FeatureDictionary: {error}") from error
+            content = container.parsed(pathlib.Path(path).read_bytes())
+            return cls._of(*dictionary_lists.state_of(content))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise DictionaryFileError(f"{path} is not a readable FeatureDictionary: {error}") from error
 
 
 def _names(kind, names):

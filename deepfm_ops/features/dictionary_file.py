@@ -8,7 +8,6 @@ before it, each compared when the block is first used; the zip's comment, the la
 """
 
 import hashlib
-import json
 import mmap
 import re
 import struct
@@ -17,7 +16,7 @@ import zipfile
 import numpy as np
 
 from deepfm_ops import container
-from deepfm_ops.features.vocabulary import native
+from deepfm_ops.features.vocabulary import DictionaryFileError, native
 from deepfm_ops.files import replacing
 
 _COMMENT = re.compile(rb"deepfm_ops features (\d{1,9}) sha256 ([0-9a-f]{64})\Z")
@@ -36,9 +35,7 @@ def write(path, manifest, arrays):
     """Writes the file, replacing what is at `path` whole or not at all."""
     with replacing(path) as fresh, open(fresh, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            container.write_entry(
-                archive, container.MANIFEST, json.dumps(manifest, default=lambda x: x.item()).encode()
-            )
+            container.write_manifest(archive, manifest)
             for name, array in arrays.items():
                 container.write_array(archive, name, array)
             file.flush()
@@ -74,7 +71,7 @@ class _Arrays(dict):
 def check(blocks, start, end, path):
     bad = blocks.first_bad(start, end)
     if bad >= 0:
-        raise ValueError(f"{path} is damaged: the 4 KiB from byte {bad} on are not what their checksum says")
+        raise DictionaryFileError(f"{path} is damaged: the 4 KiB from byte {bad} on are not what their checksum says")
 
 
 def read(path):
@@ -93,26 +90,19 @@ def read(path):
             raise ValueError("it is damaged, cut off, or not written by FeatureDictionary.save")
         if int(known[1]) > _FORMAT:
             raise ValueError(f"it is of format {int(known[1])}, this version of deepfm_ops reads {_FORMAT}: upgrade it")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-            start = entries["sums"].header_offset
-            digest = hashlib.sha256(content[start : len(content) - len(tail[at:]) - 2]).hexdigest()
-            if digest != known[2].decode() or tail[at - 2 : at] != struct.pack("<H", len(tail) - at):
-                raise ValueError("it is damaged: the end of the file is not what its digest says")
-            sums = container.array(content, entries.pop("sums"))
-        except (zipfile.BadZipFile, KeyError, struct.error) as error:
-            raise ValueError(f"it is damaged: {error}") from error
+    manifest_entry, entries = container.entries(content)
+    if not entries or list(entries)[-1] != "sums":
+        raise ValueError("it is damaged: it has no checksums")
+    last = entries.pop("sums")
+    digest = hashlib.sha256(content[last.header : len(content) - len(tail[at:]) - 2]).hexdigest()
+    if digest != known[2].decode() or tail[at - 2 : at] != struct.pack("<H", len(tail) - at):
+        raise ValueError("it is damaged: the end of the file is not what its digest says")
     whole = np.frombuffer(content, np.uint8)
-    blocks = native.Blocks(whole[:start], sums)
-    manifest_entry = entries.pop(container.MANIFEST)
-    first = container.data_start(content, manifest_entry)
-    check(blocks, 0, first + manifest_entry.file_size, path)
-    manifest = json.loads(content[first : first + manifest_entry.file_size])
+    blocks = native.Blocks(whole[: last.header], container.array(content, last))
+    check(blocks, 0, manifest_entry.end, path)
     arrays, places = {}, {}
     for name, entry in entries.items():
-        header_end = min(start, container.data_start(content, entry) + container.LONGEST_HEADER)
-        check(blocks, entry.header_offset, header_end, path)
+        check(blocks, entry.header, min(entry.end, entry.start + container.LONGEST_HEADER), path)
         arrays[name] = container.array(content, entry)
         places[name] = arrays[name].ctypes.data - whole.ctypes.data
-    return manifest, _Arrays(arrays, places, blocks, path), blocks
+    return container.manifest(content, manifest_entry), _Arrays(arrays, places, blocks, path), blocks

@@ -19,6 +19,8 @@ def state_of(content):
         KeyError, TypeError, ValueError: something else.
 
     """
+    if content["format"] not in FORMATS:
+        raise ValueError(f"format {content['format']!r}, its lists are of {FORMATS}")
     is_old = content["format"] == 1  # its values are of JSON's types, and 3 and "3" are two
     if not isinstance(content["separator"], str | None):
         raise ValueError(f"separator {content['separator']!r} is no text")

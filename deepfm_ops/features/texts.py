@@ -1,12 +1,12 @@
 """Columns of tables as columns of canonical text, which the vocabulary reads; Arrow's are used where they lie."""
 
-import functools
 import sys
 
 import numpy as np
 
 from deepfm_ops.features import cells
 from deepfm_ops.features.vocabulary import native
+from deepfm_ops.forks import cached
 
 NO_CATEGORY = b"\xff"  # what no text is: a cell that cannot be a category, and was not asked to be one
 
@@ -121,7 +121,7 @@ class Distinct:
         found = of_arrow(dictionary)
         self.texts = found[0] if found is not None and found[1] <= {"text"} else None
 
-    @functools.cached_property
+    @cached
     def is_fine(self):
         """Whether every text may be a category."""
         return self.texts is not None and self.texts.first_bad() < 0

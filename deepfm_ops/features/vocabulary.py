@@ -26,6 +26,10 @@ DTYPES = {
 }
 
 
+class DictionaryFileError(ValueError):
+    """A file that is not a FeatureDictionary's, is damaged, or is of a format that this version does not read."""
+
+
 @dataclasses.dataclass
 class Values:
     """Values that a column counted, in the order in which they came.
@@ -118,7 +122,7 @@ class Vocabulary:
         try:
             yield
         except RuntimeError as error:
-            raise ValueError(f"{getattr(self._arrays, 'path', 'a file')}: {error}") from None
+            raise DictionaryFileError(f"{getattr(self._arrays, 'path', 'a file')}: {error}") from None
 
     def of(self, column):
         """The indices of a column, ascending."""
@@ -245,7 +249,10 @@ class Vocabulary:
 
     def _taken_slots(self):
         slots = self._arrays["slots"].view(SLOT)
-        return slots[slots["key"] != 0]
+        taken = slots[slots["key"] != 0]
+        if taken["id"].max(initial=0) >= self.size:
+            raise DictionaryFileError(f"a value has index {taken['id'].max()}, there are {self.size}")
+        return taken
 
 
 def slots_of(arrays):
@@ -278,6 +285,8 @@ def _packed(arrays, texts):
     order = with_text[np.argsort(arrays["text_starts"][with_text])]
     sizes = arrays["text_sizes"][order].astype(np.int64)
     starts = np.cumsum(sizes) - sizes
+    if (arrays["text_starts"][order] > len(texts) - sizes).any() or sizes.sum() > len(texts):
+        raise DictionaryFileError(f"values' texts lie outside of their {len(texts)} bytes")
     taken = np.repeat(arrays["text_starts"][order].astype(np.int64) - starts, sizes) + np.arange(sizes.sum())
     arrays["text_starts"][order] = starts
     return texts[taken]

@@ -7,10 +7,9 @@ from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import DenseFeat
 from deepfm_ops.models.base import ConfiguredModel, fitting
 from deepfm_ops.scorer import file
+from deepfm_ops.scorer.content import TABLES
 from deepfm_ops.scorer.rows import bfloat16, quantized
 from deepfm_ops.scorer.scoring import ACTIVATIONS
-
-TABLES = ("float32", "bfloat16", "int8")
 
 
 def export_scorer(model, path, table="float32", *, features=None):

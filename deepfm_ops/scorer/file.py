@@ -16,7 +16,6 @@ threads compute side by side. The manifest has
 
 import concurrent.futures
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -36,7 +35,7 @@ _LONGEST_COMMENT = 200
 
 
 class ScorerFileError(ValueError):
-    """A file that is not a scorer's, is damaged, or is of a format that this version does not read."""
+    """A file that is not a scorer's, is damaged, is of a format that this version does not read, or holds no model."""
 
 
 def _digest(content):
@@ -60,7 +59,7 @@ def write(path, manifest, arrays):
     """
     with replacing(path) as fresh, open(fresh, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            container.write_entry(archive, MANIFEST, json.dumps(manifest, default=lambda x: x.item()).encode())
+            container.write_manifest(archive, manifest)
             for name, array in arrays.items():
                 container.write_array(archive, name, array)
         file.flush()
@@ -106,7 +105,9 @@ def read(path):
             raise ScorerFileError(f"{path} is empty")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         digest = _checked(path, content)
-        with zipfile.ZipFile(file) as archive:
-            manifest = json.loads(archive.read(MANIFEST))
-            entries = [entry for entry in archive.infolist() if entry.filename != MANIFEST]
-    return manifest, {entry.filename.removesuffix(".npy"): container.array(content, entry) for entry in entries}, digest
+    try:
+        manifest, entries = container.entries(content)
+        arrays = {name: container.array(content, entry) for name, entry in entries.items()}
+        return container.manifest(content, manifest), arrays, digest
+    except ValueError as error:  # whole, but of another writer
+        raise ScorerFileError(f"{path} does not hold a model: {error}") from error

@@ -1,16 +1,15 @@
 """The scores of a scorer's file, by the kernels and NumPy."""
 
 import math
-import threading
 import warnings
 
 import numpy as np
 
 from deepfm_ops.features import cells, columns_numpy
 from deepfm_ops.features.columns import sequence_names
-from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.features.tables import is_table
-from deepfm_ops.scorer import file
+from deepfm_ops.forks import Turn
+from deepfm_ops.scorer import content, file
 from deepfm_ops.scorer.file import ScorerFileError
 from deepfm_ops.scorer.rows import decoded
 
@@ -53,8 +52,8 @@ class Scorer:
     """A model's scores, without TensorFlow.
 
     Scoring is safe from any number of threads, and the kernels release the GIL. The file is mapped, so that the
-    processes of a machine share one copy of its tables. NumPy's BLAS has threads of its own: a server that scores
-    from several threads sets OPENBLAS_NUM_THREADS=1.
+    processes of a machine share one copy of its tables, forked ones too. NumPy's BLAS has threads of its own: a server
+    that scores from several threads sets OPENBLAS_NUM_THREADS=1.
 
     Attributes:
         path: the file.
@@ -79,7 +78,7 @@ class Scorer:
         if kernels is None:
             raise RuntimeError("scoring needs the compiled kernels, and deepfm_ops was installed without them")
         self._threads = threads
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._model = _Model.read(path, threads)
         self.path = path
 
@@ -116,7 +115,7 @@ class Scorer:
             what `load` raises; then the old model stays.
 
         """
-        with self._turn:
+        with self._turn.of_this_process():
             path = self.path if path is None else path
             fresh = _Model.read(path, self._threads)
             changed = fresh.digest != self._model.digest
@@ -241,12 +240,12 @@ class _Model:
     """What one file says, ready to score. Never changed after it was read, but for what was warned of."""
 
     def __init__(self, manifest, arrays, digest, threads):
-        plan = manifest["plan"]
+        self.encoders, self.features = content.checked(manifest, arrays, ACTIVATIONS)
+        self.warned, plan = set(), manifest["plan"]
         self.digest, self.info = digest, manifest["info"]
         self.first_orders = [_Lookup(part, arrays, threads) for part in plan["first_orders"]]
         self.lookups = [_Lookup(part, arrays, threads) for part in plan["lookups"]]
         self.second_order = plan["second_order"]
-        self.encoders = [columns_numpy.ColumnEncoder(columns) for columns in plan["encoders"]]
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))
         self.linear_kernel = arrays.get("linear_kernel")
@@ -256,12 +255,6 @@ class _Model:
         ]
         self.deep = arrays.get("deep")
         self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
-        self.features, self.warned = None, set()
-        if manifest["features"] is not None:
-            vocabulary = {
-                name.removeprefix("features_"): arrays[name] for name in arrays if name.startswith("features_")
-            }
-            self.features = FeatureDictionary.from_state(manifest["features"], vocabulary)
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
         self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])
@@ -271,12 +264,29 @@ class _Model:
         manifest, arrays, digest = file.read(path)
         try:
             model = cls(manifest, arrays, digest, threads)
-            if model.features is not None:
-                # Whatever is done once is done now, and not in a server's first request.
-                model.score_raw({field.name: None for field in model.features.fields})
+            # Whatever is done once is done now, and not in a server's first request.
+            with np.errstate(all="ignore"):
+                model.score_something()
             return model
-        except (KeyError, TypeError, ValueError) as error:  # whole, but of another writer
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            TypeError,
+            ValueError,
+        ) as error:  # of another writer
             raise ScorerFileError(f"{path} does not hold a model: {error!r}") from error
+
+    def score_something(self):
+        """One sample, of missing features and zeros."""
+        if self.features is not None:
+            self.score_raw({field.name: None for field in self.features.fields})
+        elif self.inputs is not None:
+            kinds = {name: (shape, object if kind == "string" else kind) for name, (shape, kind) in self.inputs.items()}
+            self.score_raw({name: np.zeros((1, *shape), kind) for name, (shape, kind) in kinds.items()})
+        else:
+            self.score_matrix(np.zeros((1, self.info["num_columns"]), np.int64), None)
 
     def score_matrix(self, indices, values):
         columns = self.info["num_columns"]

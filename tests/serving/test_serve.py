@@ -25,12 +25,12 @@ SWITCHES = ["--max-batch", "50", "--max-body", "60000", "--reload-seconds", "0.0
 
 
 class Server:
-    def __init__(self, path, log, command=(EXAMPLES / "serve.py",)):
+    def __init__(self, path, log, command=(EXAMPLES / "serve.py",), switches=()):
         self.path, self.log = path, log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, *command, path, "--port", self.port, *SWITCHES]
+        command = [sys.executable, *command, path, "--port", self.port, *SWITCHES, *switches]
         with open(log, "wb") as output:
             self.process = subprocess.Popen([*map(str, command)], stdout=output, stderr=output)
         deadline = time.monotonic() + 60
@@ -257,6 +257,123 @@ def test_bodies_without_a_length(server, models):
     assert status == 200
     np.testing.assert_array_equal(np.float32(answer["scores"]), scorer.Scorer.load(models["a"]).score(GOOD))
     assert call(b" " * 60_001, 30) == (413, {"detail": "the body has more than 60000 bytes"})
+
+
+# Clients that send slowly, or nothing.
+
+HEAD = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+
+
+@contextlib.contextmanager
+def connections(server, number, content):
+    """Sockets over which something was sent, and nothing more will be."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(number):
+            found.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30)))
+            found[-1].sendall(content)
+        yield found
+
+
+def until_closed(connection):
+    """All that the server says before it closes the connection."""
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(1 << 16):
+            answer += part
+    return answer
+
+
+@pytest.fixture(scope="module", name="impatient")
+def _impatient(models, tmp_path_factory):
+    switches = ["--body-seconds", "0.5", "--max-body", "4000000", "--max-bodies", "1000000"]
+    with serving(tmp_path_factory.mktemp("impatient"), models["a"], switches=switches) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD % 100,
+        HEAD % 100 + b'{"indices',
+        b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+        b"POST /sc",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nMore: ",
+    ],
+)
+def test_requests_that_never_arrive(impatient, content):
+    with connections(impatient, 1, content) as (connection,):
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"Connection: close" in answer
+    assert answer.endswith(b'\r\n\r\n{"detail":"the request took more than 0.5 s to arrive"}')
+    assert impatient.score({"indices": GOOD})[0] == 200
+    assert "Traceback" not in impatient.log.read_text()
+
+
+def test_bytes_now_and_then_are_no_request(impatient):
+    with connections(impatient, 1, HEAD % 10_000) as (connection,):
+        connection.setblocking(False)
+        for _ in range(200):
+            try:
+                connection.send(b" ")
+                answer = connection.recv(100)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_connections_that_say_nothing_are_closed(impatient):
+    with connections(impatient, 1, b"") as (connection,):
+        assert until_closed(connection) == b""
+
+
+def test_the_second_request_of_a_connection_is_waited_for_no_longer(impatient):
+    body = as_json({"indices": GOOD})
+    with connections(impatient, 1, HEAD % len(body) + body) as (connection,):
+        answer = b""
+        while b'"version"' not in answer:
+            answer += connection.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        connection.sendall(HEAD % 100 + b"{")
+        assert until_closed(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_headers_without_end(impatient):
+    with connections(impatient, 1, b"GET /health HTTP/1.1\r\n") as (connection,):
+        with contextlib.suppress(ConnectionError):
+            for i in range(20_000):
+                connection.sendall(b"header-%d: value\r\n" % i)
+        answer = until_closed(connection)
+    assert not answer or answer.startswith(b"HTTP/1.1 4")
+    assert impatient.call("GET", "/health")[0] == 200
+
+
+def test_bodies_find_no_more_memory_than_there_is(impatient):
+    """Of a million bytes five bodies of 180,000 are waited for, the next has to come again, a short one has not."""
+    with connections(impatient, 5, HEAD % 200_000 + b" " * 180_000):
+        codes = set()
+        deadline = time.monotonic() + 20
+        while 503 not in codes and time.monotonic() < deadline:
+            with connections(impatient, 2, HEAD % 200_000 + b" " * 180_000) as more:
+                codes |= {int(answer[9:12]) for answer in map(until_closed, more) if answer}
+            assert impatient.score({"indices": GOOD})[0] == 200
+    assert 503 in codes
+    deadline = time.monotonic() + 20
+    while impatient.call("POST", "/score", as_json({"indices": GOOD}).ljust(900_000))[0] != 200:
+        assert time.monotonic() < deadline  # what the others held is given back
+        time.sleep(0.05)
+
+
+def test_health_while_clients_hang(models, tmp_path):
+    switches = ["--body-seconds", "60"]
+    contents = [HEAD % 1000 + b"{", b"POST /sc", b""]
+    with serving(tmp_path, models["a"], switches=switches) as server, contextlib.ExitStack() as stack:
+        for content in contents:
+            stack.enter_context(connections(server, 70, content))
+        for _ in range(20):
+            assert server.call("GET", "/health") == (200, {"status": "ok"})
+            assert server.score({"indices": GOOD})[0] == 200
 
 
 def test_scores_that_are_no_numbers_are_null(models, tmp_path):
