@@ -248,6 +248,8 @@ class ConfiguredModel(keras.Model):
                 order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch)
                 x, y, sample_weight, batch_size = order.dataset(), None, None, None
                 validation_split, shuffle = 0.0, False
+        elif isinstance(x, tf.data.Dataset) and not tf.distribute.has_strategy():
+            x = epochs_.cut(x)
         self.epoch_order = order
         history = super().fit(
             x,

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from deepfm_ops import Checkpoint, DeepFM, FMInteraction, export, export_scorer, optimizers, scorer
+from deepfm_ops.averages import Fingerprint
 
 MAKERS = {
     "SGD": optimizers.SGD,
@@ -99,6 +100,32 @@ def test_a_large_table_is_exchanged_in_chunks(rng, monkeypatch):
     optimizer.show_averages()  # once is enough
     optimizer.hide_averages()
     np.testing.assert_array_equal(table, raw)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(), (1,), (7, 3), (8, 2)])
+def test_a_fingerprint_tells_other_contents(shape, dtype, rng):
+    def of(*parts):
+        mark = Fingerprint()
+        for part in parts:
+            mark.add(tf.constant(part))
+        return mark.total
+
+    a, b = rng.normal(size=shape).astype(dtype), rng.normal(size=shape).astype(dtype)
+    marks = [of(a, b), of(b, a), of(a, a), of(b, b), of(a), of(a * 0, a), of(a, a * 0), of(-a, b), of(-a, -b)]
+    for i in range(a.size):  # the last bit of each element, and each two that are exchanged
+        near = a.copy().reshape(-1)
+        near[i] = np.nextafter(near[i], np.inf)
+        marks.append(of(near.reshape(shape), b))
+        for j in range(i):
+            turned = a.copy().reshape(-1)
+            turned[[i, j]] = turned[[j, i]]
+            marks.append(of(turned.reshape(shape), b))
+            turned = a.copy().reshape(-1)
+            turned[[i, j]] *= -1
+            marks.append(of(turned.reshape(shape), b))
+    assert len(set(marks)) == len(marks)
+    assert of(a, b) == marks[0]
 
 
 def make(**options):

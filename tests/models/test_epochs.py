@@ -7,6 +7,7 @@ import tensorflow as tf
 from testing import skewed
 
 from deepfm_ops import Checkpoint, DeepFM, optimizers
+from deepfm_ops.models.epochs import cut
 
 
 def orders(fit, epochs=3):
@@ -104,3 +105,62 @@ def test_forms_of_inputs_and_labels(form, labels):
         losses.append(model.fit(form(x), y.astype(labels), batch_size=150, **options).history)
     for name in losses[0]:
         np.testing.assert_allclose(losses[0][name], losses[1][name], rtol=1e-5)
+
+
+def test_the_order_of_an_epoch_begins_again_with_every_iteration():
+    keras.utils.set_random_seed(4)
+    straight = orders(lambda model, epochs: model.fit(*ROWS, epochs=epochs, batch_size=100, verbose=0))
+    keras.utils.set_random_seed(4)
+    stepped = orders(
+        lambda model, epochs: model.fit(*ROWS, epochs=2 * epochs, batch_size=100, steps_per_epoch=5, verbose=0)
+    )
+    assert all(sorted(epoch) == list(range(1000)) for epoch in stepped)  # two epochs of five steps each
+    np.testing.assert_array_equal(straight[0], stepped[0])
+
+
+SLICES = {"a": np.arange(10), "b": (np.linspace(0, 1, 30, dtype="f").reshape(10, 3), np.array(list("abcdefghij")))}
+
+
+@pytest.mark.parametrize("drop_remainder", [False, True])
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5, 12])
+def test_batches_of_slices_are_cut_from_the_tensors(size, prefetch, drop_remainder):
+    dataset = tf.data.Dataset.from_tensor_slices(SLICES).batch(size, drop_remainder)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 3
+    dataset = dataset.with_options(options) if prefetch == 0 else dataset
+    for _ in range(prefetch):
+        dataset = dataset.prefetch(1)
+    again = cut(dataset)
+    if prefetch:
+        assert again is not dataset
+    assert again.element_spec == dataset.element_spec and again.cardinality() == dataset.cardinality()
+    assert again.options().threading.private_threadpool_size == dataset.options().threading.private_threadpool_size
+    for got, want in zip(again, dataset, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, got, want)
+
+
+def test_other_datasets_are_as_they_are():
+    slices = tf.data.Dataset.from_tensor_slices(SLICES)
+    ragged = tf.data.Dataset.from_tensor_slices(tf.ragged.constant([[1], [2, 3]])).batch(2)
+    shuffled = slices.shuffle(10).batch(2)
+    for dataset in (slices, ragged, shuffled, slices.batch(2).repeat(2), tf.data.Dataset.range(4).batch(2)):
+        assert cut(dataset) is dataset
+
+
+def test_fit_on_batches_of_slices():
+    x, y = skewed(400)
+    weights = np.linspace(0, 1, 400, dtype="f")
+    results = []
+    for tensors, options in (((x, y), {"class_weight": {0: 1.0, 1: 3.0}}), ((x, y, weights), {"steps_per_epoch": 3})):
+        dataset = tf.data.Dataset.from_tensor_slices(tensors).batch(64)
+        for some in (dataset, dataset.prefetch(1), dataset.map(lambda *batch: batch)):
+            model = DeepFM(60, 3, 4, (8,), seed=1)
+            model.compile(optimizers.Adagrad(0.1))
+            losses = model.fit(some, epochs=2, verbose=0, **options).history["loss"]
+            results.append((losses, int(model.optimizer.iterations), model.get_weights()))
+    for first in (0, 3):
+        for other in results[first + 1 : first + 3]:
+            assert other[:2] == results[first][:2]
+            for a, b in zip(other[2], results[first][2], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

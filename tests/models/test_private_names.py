@@ -7,6 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import deepfm_ops
 from deepfm_ops import DeepFM, _library, optimizers
@@ -35,6 +36,9 @@ SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "F
 MODULES = [
     ("tensorflow.python.ops.resource_variable_ops", ["variable_accessed", "variable_shape", "BaseResourceVariable"]),
     ("tensorflow.python.trackable.resource", ["CapturableResource"]),
+    ("tensorflow.python.data.ops.batch_op", ["_BatchDataset"]),
+    ("tensorflow.python.data.ops.from_tensor_slices_op", ["_TensorSliceDataset"]),
+    ("tensorflow.python.data.ops.prefetch_op", ["_PrefetchDataset"]),
     (_library.KERAS_EXPORT, []),
     ("keras.src.trainers.data_adapters.data_adapter.DataAdapter", []),
     ("keras.src.trainers.data_adapters", ["get_data_adapter"]),
@@ -90,6 +94,14 @@ def test_modules_are_there(module, names):
     found = getattr(found, owner) if owner else found
     for name in names:
         assert hasattr(found, name)
+
+
+def test_attributes_of_datasets_are_there():
+    slices = tf.data.Dataset.from_tensor_slices((np.arange(5), np.ones((5, 2))))
+    batched = slices.batch(2, drop_remainder=True)
+    assert batched.prefetch(1)._input_dataset is batched and batched._input_dataset is slices
+    assert [tensor.shape for tensor in slices._tensors] == [(5,), (5, 2)]
+    assert int(batched._batch_size) == 2 and bool(batched._drop_remainder)
 
 
 def test_a_variable_can_grow():
