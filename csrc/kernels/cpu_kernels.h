@@ -21,8 +21,9 @@ struct PairMap {
 struct CpuKernels {
   // Returns -1, or the first p of these samples with indices[p] out of range.
   int64_t (*forward[5][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
-  void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group);
-  void (*update[4])(const UpdateArgs&, int64_t begin_group, int64_t end_group);
+  // Both fetch ahead up to last_group.
+  void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group, int64_t last_group);
+  void (*update[4])(const UpdateArgs&, int64_t begin_group, int64_t end_group, int64_t last_group);
   // Reads the rows of indices [begin, end) out of n and nothing else, for measuring against.
   uint64_t (*read_rows)(const char* table, int64_t num_rows, int64_t row_bytes, const int64_t* indices, int64_t begin,
                         int64_t end, int64_t n, int64_t distance);

@@ -87,6 +87,7 @@ struct GradientArgs {
   void* rows = nullptr;                 // T   [U,K], or null
   void* weight_rows = nullptr;          // T   [U], with weights
   void* d_values = nullptr;             // Acc [n], or null
+  int64_t first_group = 0;              // the group of the first of rows and weight_rows
 };
 
 // Runs the forward. Returns -1, or the smallest p with indices[p] outside [0, V); then the outputs

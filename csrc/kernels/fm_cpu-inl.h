@@ -39,10 +39,10 @@ struct Prefetcher {
   }
 };
 
-// How many rows ahead to fetch: about 2 KiB in flight, which hides the latency of memory without
+// How many rows ahead to fetch: at most 6 KiB in flight, which hides the latency of memory without
 // evicting what was fetched before it is used.
 static inline int64_t PrefetchDistance(int64_t row_bytes) {
-  const int64_t rows = 2048 / row_bytes;
+  const int64_t rows = 6144 / row_bytes;
   return rows > 24 ? 24 : rows < 4 ? 4 : rows;
 }
 
@@ -302,19 +302,20 @@ static void GradientBlock(const GradientArgs& a, const PairMap& map, int64_t beg
     const A share = counts ? occurrences * PriorShare(counts[row_of[u]], softness) : A(0);
     const A strength = l2 + share * prior;
     if (strength != 0) total.AddScaled(row, strength);
-    if (rows) total.Store(rows + u * dim + first, tail);
+    if (rows) total.Store(rows + (u - a.first_group) * dim + first, tail);
     if (weights)
-      StoreOne(static_cast<T*>(a.weight_rows) + u, weight_total + weight * (l2_linear + share * prior_linear));
+      StoreOne(static_cast<T*>(a.weight_rows) + (u - a.first_group),
+               weight_total + weight * (l2_linear + share * prior_linear));
   }
 }
 
 template <typename T>
-static void Gradient(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end) {
+static void Gradient(const GradientArgs& a, const PairMap& map, int64_t begin, int64_t end, int64_t last) {
   // With several blocks of columns a few groups at a time, whose pairs are then still in cache.
   const int64_t step = a.shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 8;
   for (int64_t u = begin; u < end; u += step) {
     ForColumnBlocks<T>(a.shape.dim, [&](auto vecs, auto partial, int64_t first, int tail) {
-      GradientBlock<T, decltype(vecs)::value, decltype(partial)::value != 0>(a, map, u, Min(u + step, end), end, first,
+      GradientBlock<T, decltype(vecs)::value, decltype(partial)::value != 0>(a, map, u, Min(u + step, end), last, first,
                                                                              tail);
     });
   }

@@ -76,13 +76,48 @@ void FmGradient(const GradientArgs& args, const Parallel& parallel) {
   Scratch<int64_t> samples;
   Scratch<int32_t> fields;
   const PairMap map = MakePairMap(args.shape, &samples, &fields, parallel);
-  ForGroups(groups, args.shape.dim, parallel, [&](int64_t begin, int64_t end) { gradient(args, map, begin, end); });
+  ForGroups(groups, args.shape.dim, parallel, [&](int64_t begin, int64_t end) { gradient(args, map, begin, end, end); });
 }
 
 void SparseUpdate(const UpdateArgs& args, const Parallel& parallel) {
   if (args.dim == 0) return;
   auto* update = Kernels().update[static_cast<int>(args.table_type)];
-  ForGroups(*args.groups, args.dim, parallel, [&](int64_t begin, int64_t end) { update(args, begin, end); });
+  ForGroups(*args.groups, args.dim, parallel, [&](int64_t begin, int64_t end) { update(args, begin, end, end); });
+}
+
+void FmUpdate(const GradientArgs& gradient_args, const UpdateArgs& table, const UpdateArgs* weights,
+              const Parallel& parallel) {
+  constexpr int64_t kBuffer = 1 << 13, kMostGroups = 64;  // of gradients that stay in the first cache
+  const int type = static_cast<int>(gradient_args.table_type);
+  const RowGroups& groups = *gradient_args.groups;
+  const int64_t dim = gradient_args.shape.dim, row_bytes = dim * static_cast<int64_t>(sizeof(double));
+  if (dim == 0) return;
+  const int64_t step = std::max<int64_t>(1, std::min(kMostGroups, kBuffer / row_bytes));
+  auto* gradient = Kernels().gradient[type];
+  auto* update = Kernels().update[type];
+  Scratch<int64_t> samples;
+  Scratch<int32_t> fields;
+  const PairMap map = MakePairMap(gradient_args.shape, &samples, &fields, parallel);
+  ForGroups(groups, dim, parallel, [&](int64_t begin, int64_t end) {
+    const Scratch<char> rows(step * row_bytes);
+    double weight_rows[kMostGroups];
+    GradientArgs g = gradient_args;
+    g.rows = rows.get();
+    g.weight_rows = weight_rows;
+    g.d_values = nullptr;
+    UpdateArgs of_table = table, of_weights = weights ? *weights : UpdateArgs();
+    of_table.gradient = g.rows;
+    of_weights.gradient = weight_rows;
+    of_table.groups = of_weights.groups = &groups;
+    of_table.in_order = of_weights.in_order = true;
+    for (int64_t u = begin; u < end; u += step) {
+      const int64_t stop = std::min(u + step, end);
+      g.first_group = of_table.first_group = of_weights.first_group = u;
+      gradient(g, map, u, stop, end);
+      update(of_table, u, stop, end);
+      if (weights) update(of_weights, u, stop, end);
+    }
+  });
 }
 
 }  // namespace deepfm

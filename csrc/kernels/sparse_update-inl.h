@@ -55,11 +55,17 @@ struct Updated {
     fetch_lag.Fetch(row);
     fetch_count.Fetch(row);
   }
-  DEEPFM_INLINE void FetchGradient(int64_t j) const { fetch_gradient.Fetch(PositionOf(positions, j)); }
+  // Of the pairs `distance` behind those of group u, before pair `stop`. What lies in order needs no fetching.
+  DEEPFM_INLINE void FetchGradients(int64_t u, int64_t distance, int64_t stop) const {
+    if (a.in_order) return;
+    for (int64_t j = starts[u]; j < starts[u + 1] && j + distance < stop; ++j)
+      fetch_gradient.Fetch(PositionOf(positions, j + distance));
+  }
   // The sum of the gradients of group u, columns [c, c + tail).
   template <bool kPartial>
   DEEPFM_INLINE V GroupSum(int64_t u, int64_t c, int tail) const {
     const T* gradient = static_cast<const T*>(a.gradient) + c;
+    if (a.in_order) return Load<kPartial>(gradient + (u - a.first_group) * dim, tail);
     V sum = {};
     for (int64_t j = starts[u]; j < starts[u + 1]; ++j)
       sum += Load<kPartial>(gradient + PositionOf(positions, j) * dim, tail);
@@ -82,7 +88,7 @@ struct Updated {
 
 // Rows of one element, a register of them at a time: one division and square root serve them all.
 template <typename T, int kSlots, typename Step>
-static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
+static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, int64_t last, const Step& step) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   constexpr int lanes = kLanes<T>, distance = 2 * lanes;
@@ -94,7 +100,7 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, cons
     const int n = static_cast<int>(Min(lanes, end - u));
     A g[lanes] = {}, farther[lanes] = {}, x[2 + kMostSlots][lanes] = {};
     for (int l = 0; l < n; ++l) {
-      const int64_t row = rows.row_of[u + l], ahead = rows.row_of[Min(u + l + distance, end - 1)];
+      const int64_t row = rows.row_of[u + l], ahead = rows.row_of[Min(u + l + distance, last - 1)];
       if (a.counts) __builtin_prefetch(a.counts + ahead);
       for (int i = 0; i < count; ++i) {
         __builtin_prefetch(arrays[i] + ahead);
@@ -114,19 +120,18 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, cons
   }
 }
 
-// Groups [begin, end); step(g, p, s) updates a register of the row, p, and of its slots, s.
+// Groups [begin, end), fetching ahead up to group `last`; step(g, p, s) updates a register of the row, p, and of its slots, s.
 template <typename T, int kSlots, typename Step>
-static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const Step& step) {
+static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, int64_t last, const Step& step) {
   typedef VecOf<T> V;
-  if (a.dim == 1) return UpdateElements<T, kSlots>(a, begin, end, step);
+  if (a.dim == 1) return UpdateElements<T, kSlots>(a, begin, end, last, step);
   const Updated<T, kSlots> rows{a};
   const int64_t row_bytes = a.dim * static_cast<int64_t>(sizeof(T));
   const int64_t distance = PrefetchDistance(row_bytes * (1 + kSlots + (rows.lag ? 1 : 0)));
-  const int64_t stop = rows.starts[end];
+  const int64_t stop = rows.starts[last];
   for (int64_t u = begin; u < end; ++u) {
-    if (u + distance < end) rows.Fetch(rows.row_of[u + distance]);
-    for (int64_t j = rows.starts[u]; j < rows.starts[u + 1] && j + distance < stop; ++j)
-      rows.FetchGradient(j + distance);
+    if (u + distance < last) rows.Fetch(rows.row_of[u + distance]);
+    rows.FetchGradients(u, distance, stop);
     const int64_t row = rows.row_of[u] * a.dim;
     const AccOf<T> farther = rows.Farther(rows.row_of[u]);
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
@@ -145,17 +150,16 @@ static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, const St
 
 // The same with one slot per row, which depends on the whole row's gradient.
 template <typename T>
-static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end) {
+static void UpdateRowWiseAdagrad(const UpdateArgs& a, int64_t begin, int64_t end, int64_t last) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   const Updated<T, 1> rows{a};
   const A rate = rows.hyper[1], epsilon = rows.hyper[2];
   const int64_t distance = PrefetchDistance(a.dim * static_cast<int64_t>(sizeof(T)));
-  const int64_t stop = rows.starts[end];
+  const int64_t stop = rows.starts[last];
   for (int64_t u = begin; u < end; ++u) {
-    if (u + distance < end) rows.Fetch(rows.row_of[u + distance]);
-    for (int64_t j = rows.starts[u]; j < rows.starts[u + 1] && j + distance < stop; ++j)
-      rows.FetchGradient(j + distance);
+    if (u + distance < last) rows.Fetch(rows.row_of[u + distance]);
+    rows.FetchGradients(u, distance, stop);
     V squares = {};
     ForRegisters<T>(a.dim, [&](auto partial, int64_t c, int tail) {
       const V g = rows.template GroupSum<decltype(partial)::value != 0>(u, c, tail);
@@ -190,27 +194,27 @@ static inline V PowerOf(V x, A power) {
 }
 
 template <typename T>
-static void Update(const UpdateArgs& a, int64_t begin, int64_t end) {
+static void Update(const UpdateArgs& a, int64_t begin, int64_t end, int64_t last) {
   typedef AccOf<T> A;
   typedef VecOf<T> V;
   const A* hyper = static_cast<const A*>(a.hyper) + 1;
   switch (a.rule) {
     case Rule::kSgd: {
       const A rate = hyper[0];
-      return UpdateRows<T, 0>(a, begin, end, [=](V g, V& p, V*) { p -= g * rate; });
+      return UpdateRows<T, 0>(a, begin, end, last, [=](V g, V& p, V*) { p -= g * rate; });
     }
     case Rule::kAdagrad: {
       const A rate = hyper[0], epsilon = hyper[1];
-      return UpdateRows<T, 1>(a, begin, end, [=](V g, V& p, V* s) {
+      return UpdateRows<T, 1>(a, begin, end, last, [=](V g, V& p, V* s) {
         s[0] += g * g;
         p -= g * rate / Sqrt(s[0] + epsilon);
       });
     }
     case Rule::kRowWiseAdagrad:
-      return UpdateRowWiseAdagrad<T>(a, begin, end);
+      return UpdateRowWiseAdagrad<T>(a, begin, end, last);
     case Rule::kLazyAdam: {
       const A rate = hyper[0], one_minus_beta_1 = hyper[1], one_minus_beta_2 = hyper[2], epsilon = hyper[3];
-      return UpdateRows<T, 2>(a, begin, end, [=](V g, V& p, V* s) {
+      return UpdateRows<T, 2>(a, begin, end, last, [=](V g, V& p, V* s) {
         s[0] += (g - s[0]) * one_minus_beta_1;
         s[1] += (g * g - s[1]) * one_minus_beta_2;
         p -= s[0] * rate / (Sqrt(s[1]) + epsilon);
@@ -218,7 +222,7 @@ static void Update(const UpdateArgs& a, int64_t begin, int64_t end) {
     }
     case Rule::kFtrl: {
       const A rate = hyper[0], power = -hyper[1], l1 = hyper[2], l2 = hyper[3], shrinkage = hyper[4];
-      return UpdateRows<T, 2>(a, begin, end, [=](V g, V& p, V* s) {
+      return UpdateRows<T, 2>(a, begin, end, last, [=](V g, V& p, V* s) {
         const V n = s[0] + g * g;
         const V powered = PowerOf(n, power);
         s[1] += g + 2 * shrinkage * p - (powered - PowerOf(s[0], power)) / rate * p;

@@ -53,9 +53,18 @@ struct UpdateArgs {
   const void* gradient = nullptr;                // T   [n,K]
   const void* hyper = nullptr;                   // Acc [ShapeOf(rule).hyper], one more with a lag, two with counts
   const RowGroups* groups = nullptr;             // of the n pairs' rows
+  // Where the gradients are those of the groups, one each, from this group on: [U,K].
+  bool in_order = false;
+  int64_t first_group = 0;
 };
 
 void SparseUpdate(const UpdateArgs& args, const Parallel& parallel);
+
+// FmGradient, and SparseUpdate of the table and, if there are any, of the weights by it, to the same bits: but a row is
+// fetched once for both, and no gradient is written to memory. The groups are those of the gradient's pairs; rows and
+// weight_rows, d_values and the updates' gradients are not used.
+void FmUpdate(const GradientArgs& gradient, const UpdateArgs& table, const UpdateArgs* weights,
+              const Parallel& parallel);
 
 }  // namespace deepfm
 
