@@ -340,7 +340,7 @@ class LazyAdam(_Sparse, keras.optimizers.Adam):
 
     def _hyper(self, rate):
         step = tf.cast(self.iterations + 1, rate.dtype)
-        beta_1, beta_2 = _number(self.beta_1, rate.dtype), _number(self.beta_2, rate.dtype)
+        beta_1, beta_2 = tf.cast(self.beta_1, rate.dtype), tf.cast(self.beta_2, rate.dtype)  # rounded as by Keras
         correction = tf.sqrt(1 - tf.pow(beta_2, step)) / (1 - tf.pow(beta_1, step))
         return [rate * correction, 1 - self.beta_1, 1 - self.beta_2, self.epsilon]
 

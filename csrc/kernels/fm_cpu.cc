@@ -76,7 +76,8 @@ void FmGradient(const GradientArgs& args, const Parallel& parallel) {
   Scratch<int64_t> samples;
   Scratch<int32_t> fields;
   const PairMap map = MakePairMap(args.shape, &samples, &fields, parallel);
-  ForGroups(groups, args.shape.dim, parallel, [&](int64_t begin, int64_t end) { gradient(args, map, begin, end, end); });
+  ForGroups(groups, args.shape.dim, parallel,
+            [&](int64_t begin, int64_t end) { gradient(args, map, begin, end, end); });
 }
 
 void SparseUpdate(const UpdateArgs& args, const Parallel& parallel) {

@@ -120,7 +120,8 @@ static void UpdateElements(const UpdateArgs& a, int64_t begin, int64_t end, int6
   }
 }
 
-// Groups [begin, end), fetching ahead up to group `last`; step(g, p, s) updates a register of the row, p, and of its slots, s.
+// Groups [begin, end), fetching ahead up to group `last`; step(g, p, s) updates a register of the row, p, and of its
+// slots, s.
 template <typename T, int kSlots, typename Step>
 static void UpdateRows(const UpdateArgs& a, int64_t begin, int64_t end, int64_t last, const Step& step) {
   typedef VecOf<T> V;

@@ -4,10 +4,10 @@
 #include <vector>
 
 #include "../kernels/cpu_kernels.h"
-#include "op_common.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "update_common.h"
 
 namespace deepfm {
 namespace {
@@ -147,20 +147,25 @@ class FmKernel : public Kernel {
  protected:
   // What every call brings.
   struct Inputs {
-    Inputs(FmKernel* kernel, OpKernelContext* ctx)
-        : tables(ctx, kernel->dtype_, kernel->TableInputs()),
+    // Whoever updates the tables names what goes with them, too.
+    Inputs(FmKernel* kernel, OpKernelContext* ctx, const std::vector<Tables::Input>& updated = {},
+           bool exclusive = false)
+        : num_tables(kernel->TableInputs().size()),
+          tables(ctx, kernel->dtype_, kernel->TableInputs(updated), exclusive),
           indices(ctx->input(1)),
           values(Optional(ctx, "values")),
           checked(kernel->Check(tables[0], indices, values, Optional(ctx, "row_splits"))),
           shape(checked.shape) {
-      if (tables.size() > 1) {
+      if (num_tables > 1) {
         const Sizes weights_sizes = SizesOf(tables[1]);
         checked.CheckWeights(&weights_sizes);
         weights = Data(tables[1]);
       }
-      for (size_t i = 0; tables.are_variables() && i < tables.size(); ++i) kernel->huge_[i].Prefer(tables[i]);
+      for (size_t i = 0; i < num_tables; ++i)
+        if (tables.variable(i)) kernel->huge_[i].Prefer(tables[i]);
     }
 
+    const size_t num_tables;  // 1, or 2 with first-order weights
     const Tables tables;
     const Tensor& indices;
     const Tensor* const values;
@@ -186,12 +191,14 @@ class FmKernel : public Kernel {
     std::atomic<const void*> asked_{nullptr};
   };
 
-  std::vector<std::pair<int, const char*>> TableInputs() const {
+  std::vector<Tables::Input> TableInputs(const std::vector<Tables::Input>& more = {}) const {
     int first = 0, last = 0;
     OrFail(InputRange("weights", &first, &last));
     Require(last - first <= 1, "weights must be one tensor, got ", last - first);
-    if (first == last) return {{0, "table"}};
-    return {{0, "table"}, {first, "weights"}};
+    std::vector<Tables::Input> inputs = {{0, "table"}};
+    if (first < last) inputs.push_back({first, "weights"});
+    inputs.insert(inputs.end(), more.begin(), more.end());
+    return inputs;
   }
 
   CheckedShape Check(const Tensor& table, const Tensor& indices, const Tensor* values, const Tensor* splits) const {
@@ -248,16 +255,17 @@ class FmInteractionOp : public FmKernel {
   bool return_embeddings_;
 };
 
-class FmInteractionGradOp : public FmKernel {
+// The gradient's inputs besides those of the forward.
+class FmGradientKernel : public FmKernel {
  public:
-  explicit FmInteractionGradOp(OpKernelConstruction* ctx) : FmKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
+  explicit FmGradientKernel(OpKernelConstruction* ctx) : FmKernel(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2", &l2_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("l2_linear", &l2_linear_));
   }
 
-  void Run(OpKernelContext* ctx) override {
-    const Inputs in(this, ctx);
+ protected:
+  // All but the outputs; groups the indices.
+  GradientArgs Read(OpKernelContext* ctx, const Inputs& in, const Parallel& pool, RowGroups* groups) const {
     const FmShape& shape = in.shape;
     const Tensor *sums, *d_interaction, *d_penalty;
     OrFail(ctx->input("sums", &sums));
@@ -274,15 +282,8 @@ class FmInteractionGradOp : public FmKernel {
     if (d_linear) CheckShape("d_linear", SizesOf(*d_linear), {shape.num_samples, 1});
     if (counts) CheckShape("counts", SizesOf(*counts), {shape.num_rows});
     if (counts) CheckShape("priors", SizesOf(*priors), {3});
-
-    const Parallel pool = PoolOf(ctx);
-    RowGroups groups;
-    CheckIndices(groups.Build(Data(in.indices), IndexTypeOf(in.indices), shape.num_pairs, shape.num_rows, pool),
+    CheckIndices(groups->Build(Data(in.indices), IndexTypeOf(in.indices), shape.num_pairs, shape.num_rows, pool),
                  in.indices, shape);
-    auto* unique = static_cast<int64_t*>(Allocate(ctx, 0, {groups.size()}));
-    pool.For(groups.size(), 1 << 15, [&](int64_t begin, int64_t end) {
-      std::copy(groups.rows() + begin, groups.rows() + end, unique + begin);
-    });
     GradientArgs args;
     args.shape = shape;
     args.table_type = TableTypeOf(dtype_);
@@ -305,8 +306,30 @@ class FmInteractionGradOp : public FmKernel {
       args.prior_linear = priors->flat<float>()(1) * scale / shape.num_samples;
       args.prior_softness = priors->flat<float>()(2);
     }
-    args.groups = &groups;
-    args.rows = Allocate(ctx, 1, {groups.size(), shape.dim});
+    args.groups = groups;
+    return args;
+  }
+
+ private:
+  float l2_, l2_linear_;
+};
+
+class FmInteractionGradOp : public FmGradientKernel {
+ public:
+  explicit FmInteractionGradOp(OpKernelConstruction* ctx) : FmGradientKernel(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
+  }
+
+  void Run(OpKernelContext* ctx) override {
+    const Inputs in(this, ctx);
+    const Parallel pool = PoolOf(ctx);
+    RowGroups groups;
+    GradientArgs args = Read(ctx, in, pool, &groups);
+    auto* unique = static_cast<int64_t*>(Allocate(ctx, 0, {groups.size()}));
+    pool.For(groups.size(), 1 << 15, [&](int64_t begin, int64_t end) {
+      std::copy(groups.rows() + begin, groups.rows() + end, unique + begin);
+    });
+    args.rows = Allocate(ctx, 1, {groups.size(), in.shape.dim});
     void* d_values = Allocate(ctx, 2, need_values_ ? SizesOf(in.indices) : Sizes{0});
     args.d_values = need_values_ ? d_values : nullptr;
     args.weight_rows = Allocate(ctx, 3, in.weights ? Sizes{groups.size(), 1} : Sizes{0});
@@ -315,7 +338,41 @@ class FmInteractionGradOp : public FmKernel {
 
  private:
   bool need_values_;
-  float l2_, l2_linear_;
+};
+
+// The gradient and the update of the table and the weights by it, in one pass over their rows.
+class FmUpdateOp : public FmGradientKernel {
+ public:
+  explicit FmUpdateOp(OpKernelConstruction* ctx) : FmGradientKernel(ctx), rule_(ctx) {}
+
+  void Run(OpKernelContext* ctx) override {
+    int first = 0, last = 0;
+    OrFail(InputRange("variables", &first, &last));
+    std::vector<Tables::Input> updated;
+    for (int i = first; i < last; ++i) updated.push_back({i, rule_.NameOf((i - first) % rule_.num_variables())});
+    const Inputs in(this, ctx, updated, true);
+    Require(updated.size() == in.num_tables * rule_.num_variables(), "variables must be ",
+            in.num_tables * rule_.num_variables(), ", got ", updated.size());
+    OpInputList hyper;
+    OrFail(ctx->input_list("hyper", &hyper));
+    Require(hyper.size() == static_cast<int>(in.num_tables), "hyper must be ", in.num_tables, ", got ", hyper.size());
+    const Tensor* counts = Optional(ctx, "counts_of_rare");
+    const Parallel pool = PoolOf(ctx);
+    RowGroups groups;
+    GradientArgs gradient = Read(ctx, in, pool, &groups);
+    UpdateArgs updates[2];
+    for (size_t i = 0; i < in.num_tables; ++i)
+      updates[i] = rule_.Read(ctx, dtype_, in.tables, i, FirstOf(in, i), hyper[i], counts);
+    for (size_t i = 0; i < in.num_tables; ++i) rule_.Own(ctx, in.tables, i, FirstOf(in, i), &updates[i]);
+    gradient.table = updates[0].table;  // owning it may have moved it
+    if (in.weights) gradient.weights = updates[1].table;
+    FmUpdate(gradient, updates[0], in.weights ? &updates[1] : nullptr, pool);
+  }
+
+ private:
+  size_t FirstOf(const Inputs& in, size_t table) const { return in.num_tables + table * rule_.num_variables(); }
+
+  const UpdateRule rule_;
 };
 
 // The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.
@@ -346,16 +403,30 @@ class ImportFirst : public OpKernel {
 REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_model").Device(tensorflow::DEVICE_CPU),
                         ImportFirst);
 
+#define DEEPFM_INPUTS(table_type)                  \
+  Input("table: " table_type)                      \
+      .Input("indices: Tindices")                  \
+      .Input("values: num_values * Tvalues")       \
+      .Input("row_splits: num_row_splits * int64") \
+      .Input("weights: num_weights * " table_type) \
+      .Input("counts: num_counts * int32")         \
+      .Input("priors: num_counts * float")
+
+#define DEEPFM_GRADIENT_ATTRS DEEPFM_ATTRS.Attr("num_embeddings: int >= 0").Attr("num_d_embeddings: int >= 0")
+
+#define DEEPFM_GRADIENT_INPUTS(table_type)            \
+  DEEPFM_INPUTS(table_type)                           \
+      .Input("sums: Tacc")                            \
+      .Input("embeddings: num_embeddings * Tacc")     \
+      .Input("d_interaction: Tacc")                   \
+      .Input("d_embeddings: num_d_embeddings * Tacc") \
+      .Input("d_linear: num_weights * Tacc")          \
+      .Input("d_penalty: Tacc")
+
 #define DEEPFM_REGISTER(prefix, table_type, is_resource)                                                 \
   REGISTER_OP(prefix "FmInteraction")                                                                    \
       .DEEPFM_ATTRS.Attr("return_embeddings: bool")                                                      \
-      .Input("table: " table_type)                                                                       \
-      .Input("indices: Tindices")                                                                        \
-      .Input("values: num_values * Tvalues")                                                             \
-      .Input("row_splits: num_row_splits * int64")                                                       \
-      .Input("weights: num_weights * " table_type)                                                       \
-      .Input("counts: num_counts * int32")                                                               \
-      .Input("priors: num_counts * float")                                                               \
+      .DEEPFM_INPUTS(table_type)                                                                         \
       .Output("interaction: Tacc")                                                                       \
       .Output("sums: Tacc")                                                                              \
       .Output("embeddings: Tacc")                                                                        \
@@ -363,22 +434,8 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Output("penalty: Tacc")                                                                           \
       .SetShapeFn(ForwardShape<is_resource>);                                                            \
   REGISTER_OP(prefix "FmInteractionGrad")                                                                \
-      .DEEPFM_ATTRS.Attr("num_embeddings: int >= 0")                                                     \
-      .Attr("num_d_embeddings: int >= 0")                                                                \
-      .Attr("need_values: bool")                                                                         \
-      .Input("table: " table_type)                                                                       \
-      .Input("indices: Tindices")                                                                        \
-      .Input("values: num_values * Tvalues")                                                             \
-      .Input("row_splits: num_row_splits * int64")                                                       \
-      .Input("weights: num_weights * " table_type)                                                       \
-      .Input("counts: num_counts * int32")                                                               \
-      .Input("priors: num_counts * float")                                                               \
-      .Input("sums: Tacc")                                                                               \
-      .Input("embeddings: num_embeddings * Tacc")                                                        \
-      .Input("d_interaction: Tacc")                                                                      \
-      .Input("d_embeddings: num_d_embeddings * Tacc")                                                    \
-      .Input("d_linear: num_weights * Tacc")                                                             \
-      .Input("d_penalty: Tacc")                                                                          \
+      .DEEPFM_GRADIENT_ATTRS.Attr("need_values: bool")                                                   \
+      .DEEPFM_GRADIENT_INPUTS(table_type)                                                                \
       .Output("unique: int64")                                                                           \
       .Output("rows: T")                                                                                 \
       .Output("d_values: Tacc")                                                                          \
@@ -389,6 +446,16 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
 
 DEEPFM_REGISTER("DeepfmOps", "T", false)
 DEEPFM_REGISTER("DeepfmOpsResource", "resource", true)
+
+REGISTER_OP("DeepfmOpsResourceFmUpdate")
+    .DEEPFM_GRADIENT_ATTRS.DEEPFM_UPDATE_ATTRS.Attr("num_tables: int >= 1")
+    .Attr("num_variables: int >= 0")
+    .DEEPFM_GRADIENT_INPUTS("resource")
+    .Input("variables: num_variables * resource")
+    .Input("hyper: num_tables * Tacc")
+    .Input("counts_of_rare: num_counts_of_rare * int32")
+    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
+REGISTER_KERNEL_BUILDER(Name("DeepfmOpsResourceFmUpdate").Device(tensorflow::DEVICE_CPU), FmUpdateOp);
 
 }  // namespace
 }  // namespace deepfm

@@ -155,44 +155,54 @@ inline Status RequireAcc(OpKernelConstruction* ctx, DataType dtype) {
                          tensorflow::DataTypeString(dtype), ", got ", tensorflow::DataTypeString(acc));
 }
 
-// The tables of an op, for the time of one Compute: tensors, or variables' tensors under shared locks. A variable is
-// never read as a value: in copy-on-read mode that would copy all of it.
+// The tables of an op and what goes with them, for the time of one Compute: tensors, or variables' tensors under locks,
+// shared ones or, to write, exclusive ones. A variable is never read as a value: in copy-on-read mode that would copy
+// all of it.
 class Tables {
  public:
-  // The inputs of these numbers and names. Each variable is locked once, and all in the order in which everyone locks:
-  // a writer may stand in line between two locks.
-  Tables(OpKernelContext* ctx, DataType dtype, const std::vector<std::pair<int, const char*>>& inputs) {
+  struct Input {
+    int number;
+    const char* name;
+  };
+
+  // Each variable is locked once, and all in the order in which everyone locks: a writer may stand in line between two.
+  Tables(OpKernelContext* ctx, DataType dtype, const std::vector<Input>& inputs, bool exclusive = false) {
     std::vector<tensorflow::mutex*> mutexes;
-    for (const auto& input : inputs) {
-      if (ctx->input_dtype(input.first) != tensorflow::DT_RESOURCE) continue;
+    for (const Input& input : inputs) {
       vars_.emplace_back();
-      OrFail(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, input.first), &vars_.back()));
+      if (ctx->input_dtype(input.number) != tensorflow::DT_RESOURCE) continue;
+      OrFail(tensorflow::LookupResource(ctx, tensorflow::HandleFromInput(ctx, input.number), &vars_.back()));
       mutexes.push_back(vars_.back()->mu());
     }
     std::sort(mutexes.begin(), mutexes.end());
-    mutexes.erase(std::unique(mutexes.begin(), mutexes.end()), mutexes.end());
-    for (tensorflow::mutex* mutex : mutexes) locks_.push_back(std::make_unique<tensorflow::tf_shared_lock>(*mutex));
-    auto var = vars_.begin();
-    for (const auto& [number, name] : inputs) {
-      if (ctx->input_dtype(number) != tensorflow::DT_RESOURCE) {
-        tensors_.push_back(&ctx->input(number));
+    const auto last = std::unique(mutexes.begin(), mutexes.end());
+    Require(!exclusive || last == mutexes.end(), "the tables and their slots must be different variables");
+    mutexes.erase(last, mutexes.end());
+    for (tensorflow::mutex* mutex : mutexes) {
+      if (exclusive) {
+        exclusive_.push_back(std::make_unique<tensorflow::mutex_lock>(*mutex));
       } else {
-        if (!(*var)->is_initialized) OrFail(FailedPrecondition(name, " is a variable that was not initialized"));
-        tensors_.push_back((*var++)->tensor());
+        shared_.push_back(std::make_unique<tensorflow::tf_shared_lock>(*mutex));
       }
-      const Tensor& tensor = *tensors_.back();
-      Require(tensor.dtype() == dtype, name, " holds ", tensorflow::DataTypeString(tensor.dtype()),
+    }
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const char* name = inputs[i].name;
+      if (vars_[i] && !vars_[i]->is_initialized)
+        OrFail(FailedPrecondition(name, " is a variable that was not initialized"));
+      tensors_.push_back(vars_[i] ? vars_[i]->tensor() : &ctx->input(inputs[i].number));
+      Require(tensors_[i]->dtype() == dtype, name, " holds ", tensorflow::DataTypeString(tensors_[i]->dtype()),
               ", the op was made for ", tensorflow::DataTypeString(dtype));
     }
   }
 
-  bool are_variables() const { return !vars_.empty(); }
   size_t size() const { return tensors_.size(); }
   const Tensor& operator[](size_t i) const { return *tensors_[i]; }
+  tensorflow::Var* variable(size_t i) const { return vars_[i].get(); }  // null: it is a tensor
 
  private:
   std::vector<tensorflow::core::RefCountPtr<tensorflow::Var>> vars_;
-  std::vector<std::unique_ptr<tensorflow::tf_shared_lock>> locks_;  // released before vars_
+  std::vector<std::unique_ptr<tensorflow::tf_shared_lock>> shared_;  // locks are released before vars_
+  std::vector<std::unique_ptr<tensorflow::mutex_lock>> exclusive_;
   std::vector<const Tensor*> tensors_;
 };
 
