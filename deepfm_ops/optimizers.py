@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments, ops
+from deepfm_ops import _library, arguments, fusion, ops
 from deepfm_ops.averages import Averaging
 from deepfm_ops.combined import CombinedOptimizer as CombinedOptimizer
 
@@ -64,6 +64,7 @@ class _Sparse(Averaging):
     """
 
     _slot_lists = ()
+    _updates = None  # of the step that is being taken
     rare_rate = 0.0  # LazyAdam's
     _moves_absent_rows = False  # then a sparse gradient is made dense
 
@@ -107,6 +108,14 @@ class _Sparse(Averaging):
     def _apply_weight_decay(self, variables):
         super()._apply_weight_decay([v for v in variables if self._var_key(v) not in self._sparse_keys])
 
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._updates = fusion.Updates(_library.native_ops())
+        try:
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            self._updates.emit()
+        finally:
+            self._updates = None
+
     def update_step(self, gradient, variable, learning_rate):
         if not isinstance(gradient, tf.IndexedSlices):
             return super().update_step(gradient, variable, learning_rate)
@@ -130,16 +139,18 @@ class _Sparse(Averaging):
         if native is None:
             self._update_rows(gradient, value, slots, lags, counts, hyper)
             return
-        native.deepfm_ops_sparse_update(
+        updates = self._updates or fusion.Updates(native)
+        updates.add(
+            gradient,
             table=value.handle,
             slots=[slot.handle for slot in slots],
             lags=[lag.handle for lag in lags],
-            indices=gradient.indices,
-            gradient=gradient.values,
             hyper=tf.stack(hyper),
             counts=[] if counts is None else [counts],
             rule=self._rule,
         )
+        if updates is not self._updates:
+            updates.emit()
 
     def _update_rows(self, gradient, value, slots, lags, counts, hyper):
         if counts is not None:
