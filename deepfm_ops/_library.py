@@ -170,8 +170,15 @@ def _is_exported_by_keras():
     return False
 
 
+def resolve(backend):
+    """The backend, once it is known to be one; "auto" is what the environment says."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return _requested() if backend == "auto" else backend
+
+
 def native_ops(backend="auto"):
-    """The native ops to use for `backend`, or None for the plain TensorFlow reference.
+    """The native ops to use for `backend`, or None for the plain TensorFlow reference; None in a portable export.
 
     Args:
         backend: "auto" (native where it loads), "native" or "reference". The environment variable
@@ -182,10 +189,7 @@ def native_ops(backend="auto"):
         RuntimeError: backend is "native" and the library cannot be used; the text says why.
 
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        backend = _requested()
+    backend = resolve(backend)
     if backend == "reference" or is_portable():
         return None
     module, reason, _ = _load()

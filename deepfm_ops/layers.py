@@ -260,6 +260,10 @@ class FMInteraction(_SparseLayer):
         vector[b,:] = 1/2 * ((sum over f of e[b,f,:])^2 - sum over f of e[b,f,:]^2)
         scalar[b]   = sum over k of vector[b,k]
 
+    With return_embeddings the gradient of the table is that of its rows in the call, whatever is assigned to it before
+    the gradient is taken. Without, and for penalties, the gradient of values and second derivatives, the rows are read
+    again, as they are when the gradient is taken: take it before the table changes.
+
     Args:
         num_features: rows of the table, V; indices are in [0, V).
         embedding_dim: columns of the table, K.
@@ -287,7 +291,8 @@ class FMInteraction(_SparseLayer):
         embedding_prior, linear_prior: deviations, of the table's elements and of w; None: no prior.
         field_sizes: how many columns of `indices` each field has: the columns of a multi-valued field are
             summed before they interact. None: every column is a field.
-        backend: "auto" (the native op where it loads), "native" or "reference".
+        backend: "auto" (the native op where it loads and can use the table), "native" (an error where it cannot) or
+            "reference". A portable export is made of standard ops whatever it is.
 
     Call arguments:
         inputs: `(indices, values)`, or `indices` alone where all values are one. indices: int32 or int64

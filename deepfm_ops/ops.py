@@ -4,6 +4,7 @@ Importing this module loads the native library, so that a SavedModel that holds 
 """
 
 import tensorflow as tf
+from tensorflow.python.eager import execute, forwardprop, forwardprop_util
 from tensorflow.python.ops import resource_variable_ops
 
 from deepfm_ops import _library, arguments, reference
@@ -24,7 +25,8 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
 
     Each row is read once, no [B, F, K] tensor is made, and the gradient of the table is an
     `IndexedSlices` with unique, ascending int64 or index-dtype indices: Keras's optimizers are then
-    exact on repeated indices. Gradients reach `values` too, and can be differentiated again.
+    exact on repeated indices. Gradients reach `values` too, and can be differentiated again, in forward mode as well.
+    A gradient reads the rows again, as they are when it is taken: take it before the table changes.
 
     Args:
         table: [V, K] float32, float64, bfloat16 or float16: a tf.Variable or keras.Variable, which is
@@ -80,6 +82,9 @@ def interaction(
         penalty: `reference.Penalty`.
         backend: "auto", "native" or "reference".
 
+    Raises:
+        ValueError, RuntimeError: see `native_for`.
+
     """
     native = native_for(table, backend)
     if native is None:
@@ -120,17 +125,31 @@ def interaction(
 
 
 def native_for(table, backend="auto"):
-    """The native ops for this table, or None: some variables have no handle, and on a GPU there is no kernel."""
+    """The native ops for this table, or None for the reference.
+
+    Raises:
+        ValueError: backend is "native" and the table is one that the native ops cannot use; the text says why.
+        RuntimeError: backend is "native" and there are no native ops.
+
+    """
     native = _library.native_ops(backend)
-    if isinstance(table, tf.Variable):
-        usable = isinstance(table, resource_variable_ops.BaseResourceVariable) and not _on_gpu(table)
-        return native if usable else None
-    return native
+    reason = None if native is None else _why_not(table)
+    if reason is None:
+        return native
+    if _library.resolve(backend) == "native":
+        raise ValueError(f"backend must be 'auto' or 'reference' for this table, got 'native': {reason}")
+    return None
 
 
-def _on_gpu(variable):
-    """Whether the variable lives where the native op has no kernel."""
-    return "GPU" in (variable.device or "").upper()
+def _why_not(table):
+    """The reason not to use a table natively, or None."""
+    if not isinstance(table, tf.Variable):
+        return None
+    if not isinstance(table, resource_variable_ops.BaseResourceVariable):
+        return f"a {type(table).__name__} has no resource handle"
+    if "GPU" in (table.device or "").upper():
+        return f"it is on {table.device}, and the native op runs on the CPU"
+    return None
 
 
 def _split(op, inputs):
@@ -159,7 +178,7 @@ def _values_needed(op, num_values):
 def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
     table, indices = op.inputs[0], op.inputs[1]
     values, row_splits, weights, counts, priors, _ = _split(op, op.inputs)
-    pooled = len(op.get_attr("field_splits")) > 0 and op.get_attr("output") != b"sum"
+    keeps = op.get_attr("return_embeddings") and op.get_attr("output") != b"sum"  # rows as they were in the forward
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
@@ -172,7 +191,7 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
         counts=counts,
         priors=priors,
         sums=op.outputs[1],
-        embeddings=[op.outputs[2]] if pooled else [],
+        embeddings=[op.outputs[2]] if keeps else [],
         d_interaction=d_interaction,
         d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
         d_linear=[d_linear] if weights else [],
@@ -210,29 +229,31 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
     penalty = reference.Penalty(op.get_attr("l2"), op.get_attr("l2_linear"), *counts, *priors)
     factors = penalty.factors(pairs, unique, position, arguments.accumulation_dtype(dtype))
-    with tf.GradientTape() as outer:
-        outer.watch([*rows, *values, *d_outputs])
-        with tf.GradientTape() as inner:
-            inner.watch([*rows, *values])
-            wide = [tf.gather(tf.cast(r, arguments.accumulation_dtype(dtype)), position) for r in rows]
-            result, embeddings, linear = reference.formula(
-                wide[0],
-                pairs,
-                op.get_attr("output").decode(),
-                op.get_attr("field_splits"),
-                wide[1] if weights else None,
-            )
-            penalty = sum(
-                tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r) for factor, r in zip(factors, rows, strict=False)
-            )
-            outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
-            outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
-        first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
-        first = [tf.convert_to_tensor(g) for g in first]
     seeds = [dd_rows, *([dd_weight_rows] if weights else []), *([dd_values] if op.get_attr("need_values") else [])]
-    second = outer.gradient(
-        first[: len(seeds)], [*rows, *values, *d_outputs], output_gradients=seeds, unconnected_gradients="zero"
-    )
+    with forwardprop_util.push_forwardprop_state():  # else an accumulator would keep the tapes from recording
+        with tf.GradientTape() as outer:
+            outer.watch([*rows, *values, *d_outputs])
+            with tf.GradientTape() as inner:
+                inner.watch([*rows, *values])
+                wide = [tf.gather(tf.cast(r, arguments.accumulation_dtype(dtype)), position) for r in rows]
+                result, embeddings, linear = reference.formula(
+                    wide[0],
+                    pairs,
+                    op.get_attr("output").decode(),
+                    op.get_attr("field_splits"),
+                    wide[1] if weights else None,
+                )
+                penalty = sum(
+                    tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r)
+                    for factor, r in zip(factors, rows, strict=False)
+                )
+                outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
+                outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
+            first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
+            first = [tf.convert_to_tensor(g) for g in first]
+        second = outer.gradient(
+            first[: len(seeds)], [*rows, *values, *d_outputs], output_gradients=seeds, unconnected_gradients="zero"
+        )
     second = [tf.convert_to_tensor(g) for g in second]
     d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
     d_values = second[len(rows) : len(rows) + len(values)]
@@ -246,3 +267,38 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
         *nones,
         *second[len(rows) + len(values) :],
     ]
+
+
+def _jvp(name):
+    """The forward mode of an op, from its registered gradient, which is linear: its transpose, by a tape over a tape.
+
+    That is TensorFlow's own way, which cannot take a gradient that is IndexedSlices; here they are made dense, as the
+    tangent of a table is.
+    """
+
+    @forwardprop_util.push_forwardprop_state()
+    def jvp(attributes, inputs, outputs, tangents):
+        moved = [(x, t) for x, t in zip(inputs, tangents, strict=True) if t is not None]
+        targets = [y for y in outputs if y.dtype.is_floating]
+        with tf.GradientTape() as outer:
+            seeds = [tf.ones_like(y) for y in targets]
+            outer.watch(seeds)
+            with tf.GradientTape() as inner:
+                inner.watch([x for x, _ in moved])
+                execute.record_gradient(name, inputs, attributes, outputs)
+            gradients = [_dense(g) for g in inner.gradient(targets, [x for x, _ in moved], seeds)]
+        pairs = [(g, t) for g, (_, t) in zip(gradients, moved, strict=True) if g is not None]
+        found = iter(outer.gradient([g for g, _ in pairs], seeds, [t for _, t in pairs]))
+        return [_dense(next(found)) if y.dtype.is_floating else None for y in outputs]
+
+    return jvp
+
+
+def _dense(gradient):
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, gradient.dense_shape[0])
+    return gradient
+
+
+for _name in [f"DeepfmOps{kind}FmInteraction{grad}" for kind in ("", "Resource") for grad in ("", "Grad")]:
+    forwardprop._SPECIAL_CASES[_name] = _jvp(_name)

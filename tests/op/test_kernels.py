@@ -265,7 +265,11 @@ def misaligned(array):
         (lambda t, i, x: (t, misaligned(i), x), ValueError, "indices must be aligned to its items of 8 bytes"),
         (lambda t, i, x: (t[0], i, x), ValueError, r"table must be rank 2 \[V, K\], got shape \(6,\)"),
         (lambda t, i, x: (t, i[0], x[0]), ValueError, r"indices must be rank 2 \[B, F\], or rank 1 with row_splits"),
-        (lambda t, i, x: (t, i, x[:, :3].copy()), ValueError, r"values must have the shape of indices, \(7, 4\), got \(7, 3\)"),
+        (
+            lambda t, i, x: (t, i, x[:, :3].copy()),
+            ValueError,
+            r"values must have the shape of indices, \(7, 4\), got \(7, 3\)",
+        ),
         (lambda t, i, x: (t, i + 50, x), IndexError, r"indices\[0,0\] = \d+ is not in \[0, 50\)"),
     ],
 )

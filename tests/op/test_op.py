@@ -526,11 +526,36 @@ def test_raw_op_rejects_what_python_would_have_caught():
             native.deepfm_ops_resource_fm_interaction(**{**good, "table": table, "T": dtype, "Tacc": acc})
 
 
-def test_a_table_on_a_gpu_is_left_to_tensorflow():
-    class Variable:
-        device = "/job:localhost/replica:0/task:0/device:GPU:0"
+def on_a_gpu():
+    """A variable that says so, where there is none."""
+    variable = tf.Variable(TABLE)
+    where = property(lambda self: "/job:localhost/replica:0/task:0/device:GPU:0")
+    variable.__class__ = type("GpuVariable", (type(variable),), {"device": where})
+    return variable
 
-    assert ops._on_gpu(Variable) and not ops._on_gpu(tf.Variable(TABLE))
+
+def without_a_handle():
+    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
+        return tf.Variable(TABLE)
+
+
+@pytest.mark.parametrize("make", [on_a_gpu, without_a_handle])
+def test_a_table_that_the_native_op_cannot_use(make, monkeypatch):
+    """The backend "auto" leaves it to TensorFlow; "native" is never something else in silence."""
+    table, pairs = make(), arguments.Pairs(tf.constant([[0, 1]]), None, None)
+    assert ops.native_for(table) is None
+    np.testing.assert_array_equal(ops.interaction(table, pairs, "scalar")[0], [[1]])
+    if REFERENCE_MODE:
+        return
+    reason = {
+        on_a_gpu: r"it is on .*GPU:0, and the native op runs on the CPU",
+        without_a_handle: "a MirroredVariable has no resource handle",
+    }[make]
+    with pytest.raises(ValueError, match=f"backend must be 'auto' or 'reference' for this table, .*: {reason}"):
+        ops.interaction(table, pairs, "scalar", backend="native")
+    monkeypatch.setenv("DEEPFM_OPS_BACKEND", "native")
+    with pytest.raises(ValueError, match=reason):
+        ops.interaction(table, pairs, "scalar")
 
 
 def test_backend_argument():

@@ -1,11 +1,21 @@
 """What surrounds the kernels: forks, threads, kept memory and signals. Every script runs in a process of its own."""
 
 import os
+import pathlib
 
 import pytest
-from testing import run_python
+from testing import REFERENCE_MODE, run_python
 
 pytest.importorskip("deepfm_ops._kernels", reason="a pure-Python install has no kernels")
+
+needs_op = pytest.mark.skipif(REFERENCE_MODE, reason="the fallback has no op of its own")
+
+
+def huge_pages():
+    """What the system says of them, its choice in brackets."""
+    file = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return file.read_text() if file.exists() else "[never]"
+
 
 FORKS = int(os.environ.get("DEEPFM_OPS_FORKS", 150))
 
@@ -253,11 +263,8 @@ for seconds in (0.001, 0.02, 0.05):
     )
 
 
+@needs_op
 def test_an_interrupted_op():
-    from testing import REFERENCE_MODE
-
-    if REFERENCE_MODE:
-        pytest.skip("the fallback has no op of its own")
     run_python(
         """
 import faulthandler, os, signal, threading
@@ -306,5 +313,72 @@ def run():
 
 threading.Thread(target=run, daemon=True).start()
 time.sleep(0.2)
+"""
+    )
+
+
+@needs_op
+def test_one_variable_as_table_and_weights_while_a_writer_waits():
+    """A reader that locks the variable twice waits for the writer that waits for the reader."""
+    run_python(
+        """
+import faulthandler, threading
+import tensorflow as tf
+from deepfm_ops import arguments, ops
+
+faulthandler.dump_traceback_later(60, exit=True)
+table = tf.Variable(tf.ones((4, 1)))
+pairs = arguments.Pairs(tf.constant([[0, 1]]), None, None)
+done = threading.Event()
+
+def repeated(times, call):
+    "A graph that calls so often, so that no GIL holds the threads apart."
+    def body(i):
+        call()
+        return i + 1
+    return tf.function(lambda: tf.while_loop(lambda i: i < times, body, [0], parallel_iterations=1))
+
+read = repeated(20_000, lambda: ops.interaction(table, pairs, "scalar", weights=table))
+write = repeated(100, lambda: table.assign(tf.ones((4, 1))))
+
+def writer():
+    while not done.is_set():
+        write()
+
+threads = [threading.Thread(target=writer) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(3):
+    read()
+done.set()
+for thread in threads:
+    thread.join()
+"""
+    )
+
+
+@needs_op
+@pytest.mark.skipif("[never]" in huge_pages(), reason="this system has no huge pages")
+def test_a_table_that_is_only_read_is_in_huge_pages():
+    """The first forward asks for them; its mapping says so."""
+    run_python(
+        """
+import re
+import numpy as np
+import tensorflow as tf
+import deepfm_ops
+
+table = tf.Variable(tf.ones((2**20, 16)))
+
+def asked():
+    "Whether the mapping that holds the middle of the table was advised to be in huge pages."
+    address = np.asarray(memoryview(table.read_value())).ctypes.data + 2**25
+    for mapping in re.split(r"\\n(?=[0-9a-f]+-)", open("/proc/self/smaps").read()):
+        start, stop = (int(number, 16) for number in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= address < stop:
+            return "hg" in re.search("VmFlags:(.*)", mapping)[1].split()
+
+deepfm_ops.fm_interaction(table, [[0, 1]])
+assert asked()
 """
     )

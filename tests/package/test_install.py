@@ -13,7 +13,7 @@ import pytest
 from testing import REFERENCE_MODE, run_python
 
 import deepfm_ops
-from deepfm_ops import _library
+from deepfm_ops import _build, _library
 from deepfm_ops._version import REQUIREMENT, TENSORFLOW, supports
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -211,6 +211,18 @@ def test_kernels_know_nothing_of_tensorflow():
     for path in [*ROOT.glob("csrc/kernels/*"), *ROOT.glob("csrc/tables/*"), *ROOT.glob("csrc/python/*")]:
         text = path.read_text()
         assert not re.search(r'#include\s*[<"](tensorflow|tsl|absl|Eigen|xla)', text), path
+
+
+def test_every_flag_of_a_build_is_asked_of_the_processor():
+    text = (ROOT / "csrc" / "kernels" / "cpu_dispatch.cc").read_text()
+    asked = {}
+    for name, condition in re.findall(r"const bool kRuns(\w+) =(.*?);", text, re.DOTALL):
+        asked[name] = set(re.findall(r'"(\w+)"', condition)).union(
+            *map(asked.get, re.findall(r"kRuns(\w+)", condition))
+        )
+    for file, flags in _build.FLAGS.items():
+        name = re.search("fm_cpu_(.*).cc", file)[1].capitalize()
+        assert {flag.removeprefix("-m") for flag in flags} <= asked[name]
 
 
 def test_one_version_constant():
