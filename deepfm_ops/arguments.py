@@ -60,16 +60,15 @@ def usable(name, x, what="column", allow_missing=False):
     Raises InvalidArgumentError, when it runs, that names the row.
     """
     wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)  # in float16 the bound itself would be infinite
-    bad = tf.abs(wide) > cells.LARGEST
-    if not allow_missing:
-        bad |= tf.math.is_nan(wide)
+    size = tf.abs(wide)
+    fine = tf.logical_not(size > cells.LARGEST) if allow_missing else size <= cells.LARGEST  # NaN compares as false
 
     def shown():
-        first = tf.where(bad)[0]
+        first = tf.where(tf.logical_not(fine))[0]
         return first[0], tf.gather_nd(x, first)
 
     text = f"{what} {name}, row {{}}: {{}} {cells.UNUSABLE}"
-    with tf.control_dependencies(require(tf.logical_not(tf.reduce_any(bad)), text, shown)):
+    with tf.control_dependencies(require(tf.reduce_all(fine), text, shown)):
         return tf.identity(x)
 
 

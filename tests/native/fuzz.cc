@@ -176,6 +176,73 @@ void UpdateCase(const char* where, int64_t V, int64_t K, const Array<I>& indices
   }
 }
 
+// The gradient and the updates by it in one pass, to the bits of the two apart.
+template <typename D>
+void FusedCase(const char* where, GradientArgs a, const Array<typename D::T>& table,
+               const Array<typename D::T>& weights, const Parallel& parallel) {
+  typedef typename D::T T;
+  typedef typename D::A A;
+  const int64_t V = a.shape.num_rows, K = a.shape.dim, U = a.groups->size();
+  const bool with_weights = weights.size > 0, with_lag = sizeof(T) == sizeof(A) && Chance(50), rare = Chance(50);
+  const Rule rule = static_cast<Rule>(Uniform(0, 4));
+  const RuleShape rule_shape = ShapeOf(rule);
+  Array<A> hyper(kMostHyper, false);
+  for (A& x : hyper.data) x = static_cast<A>(0.25);
+  if (rule == Rule::kFtrl) hyper.data[2] = static_cast<A>(-0.5);
+  Array<int32_t> counts(rare ? V : 0, false);
+  for (int32_t& x : counts.data) x = static_cast<int32_t>(Uniform(0, 300));
+  Array<T> rows(U * K, true), weight_rows(with_weights ? U : 0, true);
+  RowGroups unique;
+  EXPECT(unique.Build(a.groups->rows(), IndexType::kInt64, U, V, parallel) == -1, "U=%ld", long(U));
+  std::vector<Array<T>> found[2];  // table, its slots and lag; weights, theirs
+  for (int fused = 0; fused < 2; ++fused) {
+    std::vector<Array<T>>& state = found[fused];
+    UpdateArgs updates[2];
+    for (int of_weights = 0; of_weights <= with_weights; ++of_weights) {
+      const int64_t columns = of_weights ? 1 : K;
+      state.push_back(of_weights ? weights : table);
+      for (int i = 0; i < rule_shape.slots + with_lag; ++i) {
+        state.emplace_back(i < rule_shape.slots && rule == Rule::kRowWiseAdagrad ? V : V * columns, true);
+        for (int64_t j = 0; j < state.back().size; ++j) state.back().data[j] = D::Make(0.5);
+      }
+      UpdateArgs& u = updates[of_weights];
+      u.rule = rule;
+      u.table_type = D::kType;
+      u.num_rows = V;
+      u.dim = columns;
+      u.hyper = hyper.data.data();
+      u.counts = rare ? counts.data.data() : nullptr;
+    }
+    for (int of_weights = 0; of_weights <= with_weights; ++of_weights) {
+      Array<T>* of_this = &state[of_weights ? 1 + rule_shape.slots + with_lag : 0];
+      UpdateArgs& u = updates[of_weights];
+      u.table = of_this->data.data();
+      for (int i = 0; i < rule_shape.slots; ++i) u.slots[i] = of_this[1 + i].data.data();
+      if (with_lag) u.lag = of_this[1 + rule_shape.slots].data.data();
+    }
+    a.table = updates[0].table;
+    a.weights = with_weights ? updates[1].table : nullptr;
+    if (fused) {
+      FmUpdate(a, updates[0], with_weights ? &updates[1] : nullptr, parallel);
+      continue;
+    }
+    a.rows = rows.data.data();
+    a.weight_rows = weight_rows.data.data();
+    a.d_values = nullptr;
+    FmGradient(a, parallel);
+    for (int of_weights = 0; of_weights <= with_weights; ++of_weights) {
+      updates[of_weights].gradient = of_weights ? a.weight_rows : a.rows;
+      updates[of_weights].groups = &unique;
+      SparseUpdate(updates[of_weights], parallel);
+    }
+  }
+  for (size_t i = 0; i < found[0].size(); ++i) {
+    EXPECT(found[1][i].Intact(), "array %ld", long(i));
+    EXPECT(std::memcmp(found[0][i].data.data(), found[1][i].data.data(), found[0][i].data.size() * sizeof(T)) == 0,
+           "rule %d array %ld V=%ld K=%ld", static_cast<int>(rule), long(i), long(V), long(K));
+  }
+}
+
 template <typename D, typename I>
 void Case(const char* where, const Parallel& parallel) {
   typedef typename D::T T;
@@ -390,6 +457,7 @@ void Case(const char* where, const Parallel& parallel) {
   }
   EXPECT(u == U && groups.starts()[U] == n, "U=%ld", long(U));
   UpdateCase<D, I>(where, V, K, indices, groups, parallel);
+  if (K > 0) FusedCase<D>(where, a, table, weights, parallel);
 }
 
 // A forward over rows of kInt8, against one over the same numbers as floats.
