@@ -84,6 +84,7 @@ bench-serve: setup
 
 bench-train: setup
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/fit.py
 	$(BIN)/python bench/report.py
 
 bench-learning: setup
