@@ -8,7 +8,9 @@ which nobody uses any more, is pruned from the function.
 import weakref
 
 import tensorflow as tf
-from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils
+from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils, func_graph
+
+from deepfm_ops import _library, ops
 
 FORWARD, GRADIENT = "DeepfmOpsResourceFmInteraction", "DeepfmOpsResourceFmInteractionGrad"
 READS = {FORWARD, GRADIENT, "ReadVariableOp", "ResourceGather", "VariableShape", "VarIsInitializedOp"}
@@ -30,26 +32,23 @@ def _forget(op, reads, writes):
     return changed
 
 
-def inputs_of(op):
-    """{name: tensor, or list of them where there may be none}."""
-    given, found = iter(op.inputs), {}
-    for argument in op.op_def.input_arg:
-        count = argument.number_attr and op.get_attr(argument.number_attr)
-        found[argument.name] = [next(given) for _ in range(count)] if argument.number_attr else next(given)
-    return found
-
-
 class Updates:
-    """The updates of one step of an optimizer, as the native ops want them; gradients of one op go together."""
+    """The updates of one step of an optimizer, by the native ops; gradients of one op go together."""
 
-    def __init__(self, native):
-        self._native = native
+    def __init__(self):
         self._waiting = {}
 
     def add(self, gradient, **update):
         """`update`: the arguments of deepfm_ops_sparse_update but for the gradient."""
-        op = None if tf.executing_eagerly() else gradient.values.op
-        if op is None or op.type != GRADIENT or op.graph is not tf.compat.v1.get_default_graph():
+        op = None if tf.executing_eagerly() or tf.distribute.has_strategy() else gradient.values.op
+        if (
+            op is None
+            or op.type != GRADIENT
+            or op.graph is not tf.compat.v1.get_default_graph()
+            or not isinstance(op.graph, func_graph.FuncGraph)
+            or gradient.indices is not op.outputs[0]
+            or gradient.values.value_index in self._waiting.get(op, {})
+        ):
             self._apart(gradient.indices, gradient.values, update)
         else:
             self._waiting.setdefault(op, {})[gradient.values.value_index] = update
@@ -66,12 +65,12 @@ class Updates:
         self._waiting = {}
 
     def _apart(self, indices, gradient, update):
-        self._native.deepfm_ops_sparse_update(indices=indices, gradient=gradient, **update)
+        _library.native_ops().deepfm_ops_sparse_update(indices=indices, gradient=gradient, **update)
 
     def _together(self, op, updates):
         first = updates[0]
-        self._native.deepfm_ops_resource_fm_update(
-            **inputs_of(op),
+        _library.native_ops().deepfm_ops_resource_fm_update(
+            **ops.inputs_of(op),
             **{name: op.get_attr(name) for name in ("T", "output", "field_splits", "l2", "l2_linear")},
             variables=[variable for update in updates for variable in (*update["slots"], *update["lags"])],
             hyper=[update["hyper"] for update in updates],
@@ -83,11 +82,12 @@ class Updates:
 
     def _is_all_of(self, op, updates):
         """Whether these are the updates of all tables of the op, alike, and no table was written to since."""
-        inputs = inputs_of(op)
+        inputs = ops.inputs_of(op)
         tables = {_rows: inputs["table"], **dict.fromkeys([_weight_rows] * len(inputs["weights"]), *inputs["weights"])}
-        if op.get_attr("need_values") or updates.keys() != tables.keys() or tf.distribute.has_strategy():
+        used = op.get_attr("need_values") or any(output.consumers() for output in op.outputs)
+        if used or updates.keys() != tables.keys():
             return False
-        kinds = [(u["rule"], len(u["lags"]), [id(c) for c in u["counts"]]) for u in updates.values()]
+        kinds = [(u["rule"], len(u["lags"]), [_source(c) for c in u["counts"]]) for u in updates.values()]
         if any(kind != kinds[0] for kind in kinds):
             return False
         order = {other: number for number, other in enumerate(op.graph.get_operations())}
@@ -97,3 +97,8 @@ class Updates:
             if any(user.type not in READS and order[user] > order[op] for user in table.consumers()):
                 return False
         return True
+
+
+def _source(tensor):
+    """What tells whether two tensors are the same: of one that was just read from a variable, that."""
+    return id(tensor.op.inputs[0] if tensor.op.type == "ReadVariableOp" else tensor)

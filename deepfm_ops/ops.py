@@ -3,6 +3,8 @@
 Importing this module loads the native library, so that a SavedModel that holds the op can be loaded.
 """
 
+import itertools
+
 import tensorflow as tf
 from tensorflow.python.eager import execute, forwardprop, forwardprop_util
 from tensorflow.python.ops import resource_variable_ops
@@ -152,14 +154,20 @@ def _why_not(table):
     return None
 
 
-def _split(op, inputs):
-    """The lists of none or one among an op's inputs, from values to priors, and what follows them."""
-    rest, parts = list(inputs[2:]), []
-    for name in ("num_values", "num_row_splits", "num_weights", "num_counts", "num_counts"):
-        count = op.get_attr(name)
-        parts.append(rest[:count])
-        rest = rest[count:]
-    return *parts, rest
+# The inputs of an op, then what its gradient has besides; each with the attribute that counts it, if it is a list.
+_INPUTS = {"table": None, "indices": None, "values": "num_values", "row_splits": "num_row_splits"}
+_INPUTS |= {"weights": "num_weights", "counts": "num_counts", "priors": "num_counts"}
+_OF_GRADIENT = {"sums": None, "embeddings": "num_embeddings", "d_interaction": None}
+_OF_GRADIENT |= {"d_embeddings": "num_d_embeddings", "d_linear": "num_weights", "d_penalty": None}
+
+
+def inputs_of(op):
+    """{name: tensor or list of tensors} of an op, eager or not, or of its gradient."""
+    given, names = iter(op.inputs), {**_INPUTS, **(_OF_GRADIENT if op.type.endswith("Grad") else {})}
+    return {
+        name: next(given) if count is None else list(itertools.islice(given, op.get_attr(count)))
+        for name, count in names.items()
+    }
 
 
 def _table_shape(table):
@@ -176,20 +184,14 @@ def _values_needed(op, num_values):
 @tf.RegisterGradient("DeepfmOpsFmInteraction")
 @tf.RegisterGradient("DeepfmOpsResourceFmInteraction")
 def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
-    table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, counts, priors, _ = _split(op, op.inputs)
+    inputs = inputs_of(op)
+    table, weights = inputs["table"], inputs["weights"]
     keeps = op.get_attr("return_embeddings") and op.get_attr("output") != b"sum"  # rows as they were in the forward
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
     unique, rows, d_values, weight_rows = gradient(
-        table=table,
-        indices=indices,
-        values=values,
-        row_splits=row_splits,
-        weights=weights,
-        counts=counts,
-        priors=priors,
+        **inputs,
         sums=op.outputs[1],
         embeddings=[op.outputs[2]] if keeps else [],
         d_interaction=d_interaction,
@@ -197,13 +199,14 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
         d_linear=[d_linear] if weights else [],
         d_penalty=d_penalty,
         **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
-        need_values=_values_needed(op, len(values)),
+        need_values=_values_needed(op, len(inputs["values"])),
         **({"T": op.get_attr("T")} if is_resource else {}),
     )
     d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
     d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
-    nones = [None] * len(counts + priors)
-    return [d_table, None, *([d_values] if values else []), *([None] * len(row_splits)), *d_weights, *nones]
+    d_values = [d_values] * len(inputs["values"])
+    nones = [None] * len(inputs["counts"] + inputs["priors"])
+    return [d_table, None, *d_values, *([None] * len(inputs["row_splits"])), *d_weights, *nones]
 
 
 @tf.RegisterGradient("DeepfmOpsFmInteractionGrad")
@@ -214,10 +217,9 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     `sums` and `embeddings` are functions of the table and the values, so what flows through them is
     accounted for there.
     """
-    table, indices = op.inputs[0], op.inputs[1]
-    values, row_splits, weights, counts, priors, rest = _split(op, op.inputs)
-    num_embeddings, num_d_embeddings = op.get_attr("num_embeddings"), op.get_attr("num_d_embeddings")
-    d_outputs = rest[1 + num_embeddings :]  # of the interaction, the embeddings, the first order and the penalty
+    inputs = inputs_of(op)
+    table, indices, values, row_splits, weights, counts, priors = (inputs[name] for name in _INPUTS)
+    d_outputs = [inputs["d_interaction"], *inputs["d_embeddings"], *inputs["d_linear"], inputs["d_penalty"]]
     dtype = op.get_attr("T")
     unique = op.outputs[0]
     position = tf.reshape(tf.searchsorted(unique, tf.cast(tf.reshape(indices, [-1]), tf.int64)), tf.shape(indices))
@@ -247,7 +249,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                     tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r)
                     for factor, r in zip(factors, rows, strict=False)
                 )
-                outputs = [result, *([embeddings] if num_d_embeddings else []), *([linear] if weights else [])]
+                outputs = [result, *([embeddings] if inputs["d_embeddings"] else []), *([linear] if weights else [])]
                 outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
             first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
             first = [tf.convert_to_tensor(g) for g in first]
@@ -257,7 +259,7 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     second = [tf.convert_to_tensor(g) for g in second]
     d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
     d_values = second[len(rows) : len(rows) + len(values)]
-    nones = [None] * (len(counts + priors) + 1 + num_embeddings)
+    nones = [None] * len([*counts, *priors, inputs["sums"], *inputs["embeddings"]])
     return [
         d_table,
         None,

@@ -15,14 +15,17 @@ With sparse gradients, and as against Keras's optimizers:
 * `gradient_accumulation_steps` keeps a second whole table, which is rewritten at every step.
 """
 
+import threading
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import _library, arguments, fusion, ops
+from deepfm_ops import arguments, fusion, ops
 from deepfm_ops.averages import Averaging
 from deepfm_ops.combined import CombinedOptimizer as CombinedOptimizer
 
+_step = threading.local()  # has the updates of the step that a thread takes
 RARE_COUNT = 20  # kRareCount of the native op
 
 
@@ -64,7 +67,6 @@ class _Sparse(Averaging):
     """
 
     _slot_lists = ()
-    _updates = None  # of the step that is being taken
     rare_rate = 0.0  # LazyAdam's
     _moves_absent_rows = False  # then a sparse gradient is made dense
 
@@ -109,12 +111,12 @@ class _Sparse(Averaging):
         super()._apply_weight_decay([v for v in variables if self._var_key(v) not in self._sparse_keys])
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        self._updates = fusion.Updates(_library.native_ops())
+        _step.updates = fusion.Updates()
         try:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
-            self._updates.emit()
+            _step.updates.emit()
         finally:
-            self._updates = None
+            _step.updates = None
 
     def update_step(self, gradient, variable, learning_rate):
         if not isinstance(gradient, tf.IndexedSlices):
@@ -135,11 +137,11 @@ class _Sparse(Averaging):
             counts, is_counted, first_pass = row_counts
             hyper += [self.rare_rate * tf.cast(is_counted, dtype), tf.cast(first_pass, dtype)]
         gradient = _map(lambda g: tf.cast(g, value.dtype), gradient)
-        native = ops.native_for(value) if value.dtype in arguments.TABLE_DTYPES else None
-        if native is None:
+        if value.dtype not in arguments.TABLE_DTYPES or ops.native_for(value) is None:
             self._update_rows(gradient, value, slots, lags, counts, hyper)
             return
-        updates = self._updates or fusion.Updates(native)
+        step = getattr(_step, "updates", None)
+        updates = step or fusion.Updates()
         updates.add(
             gradient,
             table=value.handle,
@@ -149,7 +151,7 @@ class _Sparse(Averaging):
             counts=[] if counts is None else [counts],
             rule=self._rule,
         )
-        if updates is not self._updates:
+        if step is None:
             updates.emit()
 
     def _update_rows(self, gradient, value, slots, lags, counts, hyper):

@@ -37,6 +37,9 @@ MODULES = [
     ("tensorflow.python.eager.execute", ["record_gradient"]),
     ("tensorflow.python.eager.forwardprop", ["_SPECIAL_CASES"]),
     ("tensorflow.python.eager.forwardprop_util", ["push_forwardprop_state"]),
+    ("tensorflow.python.framework.auto_control_deps", ["register_acd_resource_resolver"]),
+    ("tensorflow.python.framework.auto_control_deps_utils", ["register_read_only_resource_op"]),
+    ("tensorflow.python.framework.func_graph", ["FuncGraph"]),
     ("tensorflow.python.ops.resource_variable_ops", ["variable_accessed", "variable_shape", "BaseResourceVariable"]),
     ("tensorflow.python.trackable.resource", ["CapturableResource"]),
     ("tensorflow.python.data.ops.batch_op", ["_BatchDataset"]),
@@ -97,6 +100,21 @@ def test_modules_are_there(module, names):
     found = getattr(found, owner) if owner else found
     for name in names:
         assert hasattr(found, name)
+
+
+def test_a_graph_captures_a_tensor_once():
+    """And its tensors have consumers, its operations types: what tells whether a table was written to."""
+    variable = tf.Variable(1.0)
+
+    @tf.function
+    def read():
+        graph, value = tf.compat.v1.get_default_graph(), variable.read_value()
+        (handle,) = value.op.inputs[0].op.inputs if value.op.type == "Identity" else value.op.inputs
+        assert graph.capture(variable.handle) is handle
+        assert "ReadVariableOp" in [user.type for user in handle.consumers()]
+        return value
+
+    assert read() == 1
 
 
 def test_attributes_of_datasets_are_there():
