@@ -81,7 +81,7 @@ Sizes CheckedShape::Embeddings() const {
 }
 
 void CheckedShape::CheckWeights(const Sizes* weights) const {
-  if (shape.dim == 0) Fail("weights need a table with at least one column");
+  if (shape.dim == 0) Fail("a first order needs a table with at least one column");
   if (weights) CheckShape("weights", *weights, {shape.num_rows, 1});
 }
 

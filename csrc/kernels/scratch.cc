@@ -21,7 +21,7 @@ constexpr int64_t SizeOf(int size_class) { return int64_t{4 + size_class % 4} <<
 
 std::atomic<char*> kept[kClasses][kKeptPerClass];
 std::atomic<int64_t> kept_bytes{0};
-std::atomic<unsigned> oldest{0};  // where to look for blocks that nobody came back for
+std::atomic<unsigned> next_look{0};  // where to look for blocks that nobody came back for
 
 int ClassFor(int64_t bytes) {
   if (bytes <= SizeOf(0)) return 0;
@@ -35,10 +35,10 @@ char* TakeFrom(std::atomic<char*>* place, int size_class) {
   return block;
 }
 
-// Frees kept blocks, class by class, as long as there are too many bytes of them; it looks at a few places a call.
-void MakeRoom() {
-  for (int looks = 0; looks < 4 * kKeptPerClass && kept_bytes.load() > kMostKept; ++looks) {
-    const unsigned i = oldest.fetch_add(1) % (kClasses * kKeptPerClass);
+// Frees kept blocks, class by class, as long as there is no room for so many bytes; it looks at a few places a call.
+void MakeRoom(int64_t bytes) {
+  for (int looks = 0; looks < 4 * kKeptPerClass && kept_bytes.load() + bytes > kMostKept; ++looks) {
+    const unsigned i = next_look.fetch_add(1) % (kClasses * kKeptPerClass);
     std::free(TakeFrom(&kept[i / kKeptPerClass][i % kKeptPerClass], static_cast<int>(i / kKeptPerClass)));
   }
 }
@@ -70,15 +70,13 @@ void GiveBackScratch(void* data) {
   const int size_class = *reinterpret_cast<int*>(block);
   if (size_class < kClasses) {
     const int64_t bytes = SizeOf(size_class);
-    kept_bytes.fetch_add(bytes);
-    MakeRoom();
-    if (kept_bytes.load() <= kMostKept) {
-      for (std::atomic<char*>& place : kept[size_class]) {
-        char* none = nullptr;
-        if (place.compare_exchange_strong(none, block)) return;
-      }
+    MakeRoom(bytes);
+    for (std::atomic<char*>& place : kept[size_class]) {
+      char* none = nullptr;
+      if (kept_bytes.load() + bytes > kMostKept || !place.compare_exchange_strong(none, block)) continue;
+      kept_bytes.fetch_add(bytes);  // now, so that a child forked before it counts too little, not too much for good
+      return;
     }
-    kept_bytes.fetch_sub(bytes);
   }
   std::free(block);
 }
@@ -90,6 +88,12 @@ void PreferHugePages(const void* data, int64_t bytes) {
   if (start >= stop) return;
   madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
   madvise(reinterpret_cast<void*>(start), stop - start, kCollapse);
+}
+
+void PreferHugePagesOnce(const void* data, int64_t bytes) {
+  static std::atomic<uintptr_t> asked[64];  // by hash
+  const uintptr_t key = reinterpret_cast<uintptr_t>(data) ^ static_cast<uintptr_t>(bytes);
+  if (asked[(key >> 6) * 0x9e3779b97f4a7c15u >> 58].exchange(key) != key) PreferHugePages(data, bytes);
 }
 
 }  // namespace deepfm

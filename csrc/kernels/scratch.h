@@ -15,6 +15,10 @@ void GiveBackScratch(void* block);
 // cost fewer TLB misses. A wish only; the contents stay as they are.
 void PreferHugePages(const void* data, int64_t bytes);
 
+// The same, unless it was asked for these bytes not long ago: asking takes microseconds, and the first time about two
+// milliseconds per megabyte.
+void PreferHugePagesOnce(const void* data, int64_t bytes);
+
 // An uninitialized array.
 template <typename T>
 class Scratch {

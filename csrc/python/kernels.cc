@@ -1,4 +1,4 @@
-// The kernels on NumPy arrays, without TensorFlow. Inputs are read in place and never copied: an array
+// The kernels on NumPy arrays, without TensorFlow. Inputs are read in place (row_splits from a copy): an array
 // in another dtype, order or alignment is an error that says so. The GIL is released while a kernel runs.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -298,6 +298,7 @@ double ReadRows(const py::array& table, const py::array& indices, int64_t distan
   const Parallel pool = in.Pool();
   in.CheckIndices(FirstOutOfRange(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, pool));
   const int64_t row_bytes = in.shape.dim * table.itemsize(), n = in.shape.num_pairs;
+  if (row_bytes == 0) return 0;
   const char* rows = static_cast<const char*>(table.data());
   const int64_t* index = static_cast<const int64_t*>(indices.data());
   std::atomic<uint64_t> seen{0};  // what was read must be used, or the compiler drops the reads

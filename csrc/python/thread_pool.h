@@ -9,9 +9,9 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -54,8 +54,9 @@ class ThreadPool {
           std::thread([this] { Work(); }).detach();
           ++workers_;
           ++free_;
-        } catch (const std::system_error&) {  // no more threads: the caller does the work
+        } catch (const std::exception&) {  // no more threads: the caller does the work
           if (workers_ == 0) waiting_.clear();
+          num_waiting_.store(waiting_.size());
         }
       }
     }

@@ -64,6 +64,9 @@ class Growing {
   int64_t size_ = 0, capacity_ = 0;
 };
 
+// Made when the library is loaded: a child that is forked while another thread made it would wait for ever.
+inline const locale_t kPlainLocale = newlocale(LC_ALL_MASK, "C", nullptr);
+
 class LibsvmParser {
  public:
   // The first token that no row can have.
@@ -179,8 +182,7 @@ class LibsvmParser {
 
   // strtod, whatever the user's locale has for a point.
   static double ReadSlowly(const char* begin, const char* end) {
-    static const locale_t plain = newlocale(LC_ALL_MASK, "C", nullptr);
-    return strtod_l(std::string(begin, end).c_str(), nullptr, plain);
+    return strtod_l(std::string(begin, end).c_str(), nullptr, kPlainLocale);
   }
 
   // Appends the line's row, if it is one. Returns its first bad token, in which case nothing is appended, or nullptr.

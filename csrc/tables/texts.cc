@@ -13,6 +13,9 @@ namespace {
 
 constexpr double kLargestWeight = 4294967296.0;  // as of every number: features/cells.py says why
 
+// Made when the library is loaded: a child that is forked while another thread made it would wait for ever.
+const locale_t kPlainLocale = newlocale(LC_ALL_MASK, "C", nullptr);
+
 bool IsBlank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 // Most numbers of a log are short and have no exponent: digits that fit a double exactly are one division away.
@@ -101,8 +104,7 @@ Spelled ReadNumber(const char* text, int64_t size, double* number) {
   const auto [stop, error] = std::from_chars(p, end, read);
   if (stop != end) return Spelled::kNoNumber;
   if (error == std::errc::result_out_of_range) {  // zero or infinity; the process's locale may not know the point
-    static const locale_t kC = newlocale(LC_ALL_MASK, "C", nullptr);
-    read = strtod_l(std::string(p, end).c_str(), nullptr, kC);
+    read = strtod_l(std::string(p, end).c_str(), nullptr, kPlainLocale);
   } else if (error != std::errc()) {
     return Spelled::kNoNumber;
   }

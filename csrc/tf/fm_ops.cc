@@ -161,8 +161,9 @@ class FmKernel : public Kernel {
         checked.CheckWeights(&weights_sizes);
         weights = Data(tables[1]);
       }
+      // The reader of a table that is never updated gains by them as much as others.
       for (size_t i = 0; i < num_tables; ++i)
-        if (tables.variable(i)) kernel->huge_[i].Prefer(tables[i]);
+        if (tables.variable(i)) PreferHugePagesOnce(Data(tables[i]), tables[i].tensor_data().size());
     }
 
     const size_t num_tables;  // 1, or 2 with first-order weights
@@ -178,19 +179,6 @@ class FmKernel : public Kernel {
   Output output_;
 
  private:
-  // Asks once for a variable's memory in huge pages; the reader of a table that is never updated gains as much as
-  // others.
-  class HugePages {
-   public:
-    void Prefer(const Tensor& table) {
-      const void* data = Data(table);
-      if (asked_.exchange(data) != data) PreferHugePages(data, table.tensor_data().size());
-    }
-
-   private:
-    std::atomic<const void*> asked_{nullptr};
-  };
-
   std::vector<Tables::Input> TableInputs(const std::vector<Tables::Input>& more = {}) const {
     int first = 0, last = 0;
     OrFail(InputRange("weights", &first, &last));
@@ -214,7 +202,6 @@ class FmKernel : public Kernel {
   }
 
   std::vector<int64_t> field_splits_;
-  HugePages huge_[2];
 };
 
 void CheckIndices(int64_t bad, const Tensor& indices, const FmShape& shape) {
@@ -349,7 +336,9 @@ class FmUpdateOp : public FmGradientKernel {
     int first = 0, last = 0;
     OrFail(InputRange("variables", &first, &last));
     std::vector<Tables::Input> updated;
-    for (int i = first; i < last; ++i) updated.push_back({i, rule_.NameOf((i - first) % rule_.num_variables())});
+    const int each = rule_.num_variables();
+    Require(each > 0 || first == last, "variables must be none, got ", last - first);
+    for (int i = first; i < last; ++i) updated.push_back({i, rule_.NameOf((i - first) % each)});
     const Inputs in(this, ctx, updated, true);
     Require(updated.size() == in.num_tables * rule_.num_variables(), "variables must be ",
             in.num_tables * rule_.num_variables(), ", got ", updated.size());

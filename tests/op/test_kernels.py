@@ -134,7 +134,7 @@ def test_first_orders_that_are_refused(data, rng):
         kernels.fm_forward(rows, indices, weights=rows[:, :1].copy())
     with pytest.raises(ValueError, match="a row of uint8 must have at least 6 bytes"):
         kernels.fm_forward(rows[:, :5].copy(), indices)
-    with pytest.raises(ValueError, match="weights need a table with at least one column"):
+    with pytest.raises(ValueError, match="a first order needs a table with at least one column"):
         kernels.fm_forward(table[:, :0].copy(), indices, weights=weights)
     with pytest.raises(TypeError, match="table must be float32, float64, bfloat16, float16 in native"):
         kernels.fm_gradient(rows, indices, None, np.zeros((7, 6), "f"), np.zeros((7, 1), "f"))
