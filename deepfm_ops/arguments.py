@@ -61,14 +61,22 @@ def usable(name, x, what="column", allow_missing=False):
     """
     wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)  # in float16 the bound itself would be infinite
     size = tf.abs(wide)
-    fine = tf.logical_not(size > cells.LARGEST) if allow_missing else size <= cells.LARGEST  # NaN compares as false
+
+    # NaN compares as false. No comparison is negated: TensorFlow's optimizer makes the opposite one of it.
+    def is_bad():
+        return size > cells.LARGEST if allow_missing else (size > cells.LARGEST) | tf.math.is_nan(wide)
 
     def shown():
-        first = tf.where(tf.logical_not(fine))[0]
+        first = tf.where(is_bad())[0]
         return first[0], tf.gather_nd(x, first)
 
+    if allow_missing:
+        fine = tf.logical_not(tf.reduce_any(is_bad()))
+    else:
+        fine = tf.reduce_all(size <= cells.LARGEST)
+
     text = f"{what} {name}, row {{}}: {{}} {cells.UNUSABLE}"
-    with tf.control_dependencies(require(tf.reduce_all(fine), text, shown)):
+    with tf.control_dependencies(require(fine, text, shown)):
         return tf.identity(x)
 
 

@@ -2,7 +2,8 @@
 
 Entries lie one behind the other from the file's first byte, the manifest first: each a local header whose last 20 bytes
 are its size in zip64's form, and its data. They are read in exactly this form, from those headers; whatever else a zip
-or an .npy may be is an error, so that a file that somebody else made cannot ask for more memory than it has bytes.
+or an .npy may be is an error, so that a file that somebody else made cannot ask
+for more memory than in proportion to its bytes.
 """
 
 import io
@@ -50,11 +51,11 @@ def write_entry(archive, name, data, header=b""):
         entry.write(data)
 
 
-def write_manifest(archive, manifest):
+def write_manifest(archive, manifest, largest=LARGEST_MANIFEST):
     """The first entry. Raises ValueError for one that is larger than `manifest` reads."""
     content = json.dumps(manifest, default=lambda x: x.item()).encode()
-    if len(content) > LARGEST_MANIFEST:
-        raise ValueError(f"the manifest has {len(content):,} bytes, {LARGEST_MANIFEST:,} is the most")
+    if len(content) > largest:
+        raise ValueError(f"the manifest has {len(content):,} bytes, {largest:,} is the most")
     write_entry(archive, MANIFEST, content)
 
 
@@ -110,11 +111,14 @@ def _entry(content, at):
     return name, Entry(at, start, start + size)
 
 
-def manifest(content, entry):
-    """The manifest, parsed. Raises ValueError for one that is not JSON, too large, or too deep."""
+def manifest(content, entry, largest=LARGEST_MANIFEST):
+    """The manifest, parsed. Raises ValueError for one that is not JSON, too large, or too deep.
+
+    Parsing can take twenty times its bytes.
+    """
     size = entry.end - entry.start
-    if size > LARGEST_MANIFEST:
-        raise ValueError(f"the manifest has {size:,} bytes, {LARGEST_MANIFEST:,} is the most")
+    if size > largest:
+        raise ValueError(f"the manifest has {size:,} bytes, {largest:,} is the most")
     return parsed(content[entry.start : entry.end])
 
 

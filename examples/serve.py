@@ -37,7 +37,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import deepfm_ops
 from deepfm_ops.scorer import Scorer, ScorerFileError
@@ -49,7 +49,7 @@ LONGEST_HEAD = 1 << 16  # bytes of a request's line and headers
 log = logging.getLogger("uvicorn.error")
 
 
-class Patient(AutoHTTPProtocol):
+class Patient(HttpToolsProtocol):
     """uvicorn's protocol, for clients that may never send what they began: it waits for a request so long, no longer.
 
     uvicorn itself waits for ever, but for the first byte after an answer. The time counts from the connection, or from
@@ -60,17 +60,31 @@ class Patient(AutoHTTPProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self._head, self._silent = 0, True  # bytes of a line and headers that have not come to their end
+        self._silent, self._in_head, self._is_whole = True, True, False
+        self._head = 0  # bytes of a line and headers that have not come to their end
         self._start()
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self._in_head, self._is_whole = True, False
+        self._head = 0 if self.cycle is None else None
+
+    def on_headers_complete(self):
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self):
+        self._is_whole = True
+        super().on_message_complete()
 
     def data_received(self, data):
         self._silent = False
         super().data_received(data)
-        is_begun = self.cycle is not None and not self.cycle.response_complete
-        self._head = 0 if is_begun else self._head + len(data)
-        if self._head > LONGEST_HEAD:
+        if self._in_head:  # what came with its first byte may be of the request before
+            self._head = 0 if self._head is None else self._head + len(data)
+        if self._in_head and self._head > LONGEST_HEAD:
             self._give_up("431 Request Header Fields Too Large", f"the headers have more than {LONGEST_HEAD} bytes")
-        elif is_begun and not self.cycle.more_body:
+        elif self._is_whole:
             self._stop()
         elif self._timer is None:
             self._start()
@@ -92,8 +106,11 @@ class Patient(AutoHTTPProtocol):
     def _give_up(self, status, detail):
         """Answers, if something was asked and no answer has begun, and closes the connection."""
         self._stop()
-        is_answered = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not self._silent and not is_answered and not self.transport.is_closing():
+        if self._in_head:
+            is_free = self.cycle is None or self.cycle.response_complete  # of the request before
+        else:
+            is_free = not self.cycle.response_started
+        if not self._silent and is_free and not self.transport.is_closing():
             body = f'{{"detail":"{detail}"}}'
             head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(f"{head}Connection: close\r\n\r\n{body}".encode())

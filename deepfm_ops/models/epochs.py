@@ -28,7 +28,7 @@ class EpochOrder:
 
     def __init__(self, arrays, batch_size, steps_per_epoch=None):
         self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
-        self.epoch, self._order = 0, None
+        self.epoch, self._order = 0, np.arange(0)
         self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
         self._length = len(self._arrays[0])
         self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)

@@ -13,6 +13,7 @@ from deepfm_ops.features.dictionary_state import MOST_COLUMNS, whole
 from deepfm_ops.scorer.rows import INT8_HEADER
 
 MOST_NUMBERS = 1 << 26  # in the embeddings of one sample
+MOST_PARTS = 1 << 12  # of each list of the plan
 TABLES = ("float32", "bfloat16", "int8")
 KINDS = ("string", "int64", "float16", "float32", "float64")  # of a column's input
 _NUMBERS = KINDS[1:]
@@ -59,7 +60,12 @@ def checked(manifest, arrays, activations):
     encoders, first_orders, lookups, second_order, linear_dense, deep_dense, num_hidden, inputs = _need(
         "the plan", plan, kinds
     )
+    for name in lists:
+        _require(len(plan[name]) <= MOST_PARTS, f"the plan has {len(plan[name]):,} {name}, {MOST_PARTS:,} are the most")
     _check_inputs(inputs)
+    _require(all(isinstance(columns, list) for columns in encoders), "encoders must have lists of columns")
+    width = sum(_width(column) for columns in encoders for column in columns)
+    _require(width <= MOST_COLUMNS, f"the encoders make {width:,} pairs, {MOST_COLUMNS:,} are the most")
     encoders = [_encoder(number, columns, inputs) for number, columns in enumerate(encoders)]
     features = None
     if state is not None:
@@ -113,14 +119,14 @@ def _check_inputs(inputs):
     for name, spec in (inputs or {}).items():
         good = isinstance(spec, list) and len(spec) == 2 and isinstance(spec[0], list) and spec[1] in KINDS
         good = good and 1 <= len(spec[0]) <= 2 and all(whole(size, 1, MOST_COLUMNS) for size in spec[0])
-        _require(good and math.prod(spec[0]) <= MOST_COLUMNS, f"input {name!r} cannot be {spec!r:.100}")
+        _require(good, f"input {name!r} cannot be {spec!r:.100}")
+    width = sum(math.prod(shape) for shape, _ in (inputs or {}).values())
+    _require(width <= MOST_COLUMNS, f"a sample's inputs have {width:,} cells, {MOST_COLUMNS:,} are the most")
 
 
 def _encoder(number, columns, inputs):
     """The encoder of columns, whose inputs are there."""
-    _require(isinstance(columns, list) and inputs is not None, f"encoder {number} must have columns, and inputs")
-    width = sum(_width(column) for column in columns)
-    _require(1 <= width <= MOST_COLUMNS, f"encoder {number} makes {width:,} pairs, {MOST_COLUMNS:,} are the most")
+    _require(bool(columns) and inputs is not None, f"encoder {number} must have columns, and inputs")
     encoder = ColumnEncoder(columns)
     for name, (shape, dtype) in input_specs(encoder.plan.columns).items():
         kind = dtype if dtype == "string" or "float" in dtype else "int64"

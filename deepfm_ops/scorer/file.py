@@ -28,6 +28,7 @@ from deepfm_ops.files import replacing
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: features are lists in the manifest
+LARGEST_MANIFEST = {1: container.LARGEST_MANIFEST, 2: 1 << 24}  # bytes; arrays hold what is long
 _PIECE = 1 << 24
 _COMMENT = re.compile(rb"deepfm_ops scorer (\d+) sha256 ([0-9a-f]{64})\Z")
 _COMMENT_START = b"deepfm_ops scorer "
@@ -59,7 +60,7 @@ def write(path, manifest, arrays):
     """
     with replacing(path) as fresh, open(fresh, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            container.write_manifest(archive, manifest)
+            container.write_manifest(archive, manifest, LARGEST_MANIFEST[FORMAT])
             for name, array in arrays.items():
                 container.write_array(archive, name, array)
         file.flush()
@@ -70,7 +71,7 @@ def write(path, manifest, arrays):
 
 
 def _checked(path, content):
-    """The digest of the mapped file, once it is known to be right."""
+    """(digest, format) of the mapped file, once it is known to be right."""
     tail = content[-_LONGEST_COMMENT:]
     comment = tail[tail.rfind(_COMMENT_START) :] if _COMMENT_START in tail else b""
     known = _COMMENT.match(comment)
@@ -89,7 +90,7 @@ def _checked(path, content):
         found = _digest(covered)
     if found != known[2].decode() or content[end : end + 2] != struct.pack("<H", len(comment)):
         raise ScorerFileError(f"{path} is damaged: its checksum is {found}, it should be {known[2].decode()}")
-    return found
+    return found, int(known[1])
 
 
 def read(path):
@@ -104,10 +105,10 @@ def read(path):
         if os.fstat(file.fileno()).st_size == 0:
             raise ScorerFileError(f"{path} is empty")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        digest = _checked(path, content)
+        digest, version = _checked(path, content)
     try:
         manifest, entries = container.entries(content)
         arrays = {name: container.array(content, entry) for name, entry in entries.items()}
-        return container.manifest(content, manifest), arrays, digest
+        return container.manifest(content, manifest, LARGEST_MANIFEST[version]), arrays, digest
     except ValueError as error:  # whole, but of another writer
         raise ScorerFileError(f"{path} does not hold a model: {error}") from error

@@ -5,10 +5,10 @@ import warnings
 
 import numpy as np
 
+from deepfm_ops import forks
 from deepfm_ops.features import cells, columns_numpy
 from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.tables import is_table
-from deepfm_ops.forks import Turn
 from deepfm_ops.scorer import content, file
 from deepfm_ops.scorer.file import ScorerFileError
 from deepfm_ops.scorer.rows import decoded
@@ -78,7 +78,7 @@ class Scorer:
         if kernels is None:
             raise RuntimeError("scoring needs the compiled kernels, and deepfm_ops was installed without them")
         self._threads = threads
-        self._turn = Turn()
+        self._turn = forks.Turn()
         self._model = _Model.read(path, threads)
         self.path = path
 
@@ -178,12 +178,15 @@ class Scorer:
         return model.score_ragged(indices, values, row_splits, bag_splits)
 
 
+_SHORT = 4096  # numbers of a product that takes no lock, see forks.Calls
+
+
 def _check_values(values):
     """Raises ValueError for a number that no model can score. One product says of nearly all that they are fine."""
     if values is None:
         return
     flat = values.reshape(-1)
-    if flat.dot(flat) <= cells.LARGEST**2:  # not for NaN
+    if flat.size <= _SHORT and flat.dot(flat) <= cells.LARGEST**2:  # not for NaN
         return
     bad = cells.first_unusable(values)
     if bad is not None:
@@ -365,7 +368,8 @@ class _Model:
                 parts.append(_second_order(np.stack(chosen, axis=1)))
         if self.linear_dense:
             numbers = np.concatenate([inputs[name] for name in self.linear_dense], axis=1)
-            parts.append(numbers.astype(np.float32, copy=False) @ self.linear_kernel)
+            with forks.matrix_products:
+                parts.append(numbers.astype(np.float32, copy=False) @ self.linear_kernel)
         return self._finish(parts, embeddings, inputs)
 
     def _finish(self, parts, embeddings, inputs):
@@ -374,11 +378,12 @@ class _Model:
             flat = [e.reshape(len(e), e.shape[1] * e.shape[2]) for e in embeddings]
             flat += [inputs[name].astype(np.float32, copy=False) for name in self.deep_dense]
             x = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
-            for kernel, bias, activation in self.layers:
-                x = x @ kernel
-                x += bias
-                x = activation(x)
-            parts.append(x @ self.deep)
+            with forks.matrix_products:
+                for kernel, bias, activation in self.layers:
+                    x = x @ kernel
+                    x += bias
+                    x = activation(x)
+                parts.append(x @ self.deep)
         return kernels.head(parts, self.bias, self.is_binary)
 
 

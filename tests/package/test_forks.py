@@ -204,3 +204,32 @@ def test_cached():
     one, other = Counted(), Counted()
     assert one.value is one.value and one.calls == 1 and other.value is not one.value
     assert Counted.value.__doc__ == "What it is."
+
+
+def test_children_that_are_forked_while_threads_multiply_matrices(tmp_path):
+    """NumPy's own locks, which a child would find taken: the fork waits until no product is under way."""
+    model = DeepFM(100, 5, 8, hidden_units=(256, 256), seed=1)
+    path = tmp_path / "model.scorer"
+    deepfm_ops.export_scorer(model, path)
+    code = """
+    import numpy as np
+    from deepfm_ops.scorer import Scorer
+
+    scorer = Scorer.load(path)
+    indices, ended = np.arange(640).reshape(128, 5) % 100, threading.Event()
+    expected = scorer.score(indices)
+
+    def score():
+        while not ended.is_set():
+            scorer.score(indices)
+
+    threads = [threading.Thread(target=score) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    found = {in_child(lambda: bool(np.allclose(scorer.score(indices), expected))) for _ in range(40)}
+    ended.set()
+    for thread in threads:
+        thread.join()
+    print(found)
+    """
+    assert run(code, path=str(path)) == "{0}"

@@ -269,7 +269,7 @@ def test_manifests_that_are_none(content, text, limit, small, tmp_path):
 
 
 def test_a_manifest_is_not_larger_than_is_read(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(container, "LARGEST_MANIFEST", 5000)
+    monkeypatch.setitem(scorer_file.LARGEST_MANIFEST, scorer_file.FORMAT, 5000)
     with pytest.raises(ValueError, match="the manifest has 6,0.. bytes, 5,000 is the most"):
         scorer_file.write(tmp_path / "m", {"a": "x" * 6000}, {})
     sealed(tmp_path / "m", packed({"a": "x" * 6000}, {}))
@@ -293,8 +293,8 @@ def test_a_manifest_is_not_larger_than_is_read(small, tmp_path, monkeypatch):
         ("features", ("features", "fields", 5, "size"), 2**40, "cannot have size 1099511627776"),
         ("features", ("features", "fields", 0, "number"), 2, "field 1 cannot have number 2"),
         ("columns", ("plan", "encoders", 0, 0, "vocabulary_path"), "/dev/zero", "has one of .'vocabulary_path'"),
-        ("columns", ("plan", "encoders", 0, 2, "maxlen"), 2**40, "makes 1,099,511,.* pairs"),
-        ("columns", ("plan", "inputs", "age"), [[2**20, 2**20], "float32"], "input 'age' cannot be"),
+        ("columns", ("plan", "encoders", 0, 2, "maxlen"), 2**40, "the encoders make 1,099,511,.* pairs"),
+        ("columns", ("plan", "inputs", "age"), [[2**20, 2**20], "float32"], "a sample's inputs have .* cells"),
         ("columns", ("plan", "inputs", "age"), [[3], "float32"], "input 'age' must be"),
         ("columns", ("plan", "lookups", 0, "encoder"), 9, "has encoder 9"),
         ("columns", ("plan", "linear_dense"), ["city"], "linear_dense must name inputs of numbers"),

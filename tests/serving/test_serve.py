@@ -339,6 +339,28 @@ def test_the_second_request_of_a_connection_is_waited_for_no_longer(impatient):
         assert until_closed(connection).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize(("method", "route", "status"), [("POST", "/nowhere", 404), ("POST", "/health", 405)])
+@pytest.mark.parametrize("size", [100_000, 1_000_000, 5_000_000])
+def test_a_body_that_nobody_read_is_no_part_of_the_next_request(server, method, route, status, size):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        for _ in range(2):
+            connection.request(method, route, b" " * size)
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (status, True)
+            connection.request("POST", "/score", as_json({"indices": GOOD}))
+            answer = connection.getresponse()
+            assert answer.status == 200 and b"scores" in answer.read()
+
+
+def test_an_answered_request_whose_body_never_comes_is_closed(impatient):
+    with connections(impatient, 1, b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\nxx") as (
+        connection,
+    ):
+        answer = until_closed(connection)
+    assert answer.startswith(b"HTTP/1.1 404 ") and answer.count(b"HTTP/1.1") == 1
+
+
 def test_headers_without_end(impatient):
     with connections(impatient, 1, b"GET /health HTTP/1.1\r\n") as (connection,):
         with contextlib.suppress(ConnectionError):
