@@ -2,8 +2,8 @@
 
 Entries lie one behind the other from the file's first byte, the manifest first: each a local header whose last 20 bytes
 are its size in zip64's form, and its data. They are read in exactly this form, from those headers; whatever else a zip
-or an .npy may be is an error, so that a file that somebody else made cannot ask
-for more memory than in proportion to its bytes.
+or an .npy may be is an error, so that a file that somebody else made cannot ask for memory out of proportion to its
+bytes.
 """
 
 import io
