@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import re
 import threading
 
 import keras
@@ -175,7 +176,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "net", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "net", "options"), CASES, ids=lambda x: re.sub(r"<.*?(\w+) object at \w+>", r"\1", str(x))
+)
 def test_the_bits_are_the_same(name, net, options, assert_same_bits):
     options = {"optimizer": name, "ragged": "ragged" in net, **options}
     net = {name: option for name, option in net.items() if name != "ragged"}
