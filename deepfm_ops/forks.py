@@ -27,7 +27,8 @@ class Calls:
 
     def _renew(self):
         self._changed = threading.Condition(threading.Lock())
-        self._running = self._forks = 0
+        self._running = 0
+        self._forks = 0
 
     def __enter__(self):
         with self._changed:

@@ -28,7 +28,7 @@ from deepfm_ops.files import replacing
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: features are lists in the manifest
-LARGEST_MANIFEST = {1: container.LARGEST_MANIFEST, 2: 1 << 24}  # bytes; arrays hold what is long
+LARGEST_MANIFEST = 1 << 24  # bytes, from format 2 on, where arrays hold what is long
 _PIECE = 1 << 24
 _COMMENT = re.compile(rb"deepfm_ops scorer (\d+) sha256 ([0-9a-f]{64})\Z")
 _COMMENT_START = b"deepfm_ops scorer "
@@ -60,7 +60,7 @@ def write(path, manifest, arrays):
     """
     with replacing(path) as fresh, open(fresh, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            container.write_manifest(archive, manifest, LARGEST_MANIFEST[FORMAT])
+            container.write_manifest(archive, manifest, LARGEST_MANIFEST)
             for name, array in arrays.items():
                 container.write_array(archive, name, array)
         file.flush()
@@ -109,6 +109,7 @@ def read(path):
     try:
         manifest, entries = container.entries(content)
         arrays = {name: container.array(content, entry) for name, entry in entries.items()}
-        return container.manifest(content, manifest, LARGEST_MANIFEST[version]), arrays, digest
+        largest = container.LARGEST_MANIFEST if version == 1 else LARGEST_MANIFEST
+        return container.manifest(content, manifest, largest), arrays, digest
     except ValueError as error:  # whole, but of another writer
         raise ScorerFileError(f"{path} does not hold a model: {error}") from error

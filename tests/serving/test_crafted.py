@@ -269,7 +269,7 @@ def test_manifests_that_are_none(content, text, limit, small, tmp_path):
 
 
 def test_a_manifest_is_not_larger_than_is_read(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(scorer_file.LARGEST_MANIFEST, scorer_file.FORMAT, 5000)
+    monkeypatch.setattr(scorer_file, "LARGEST_MANIFEST", 5000)
     with pytest.raises(ValueError, match="the manifest has 6,0.. bytes, 5,000 is the most"):
         scorer_file.write(tmp_path / "m", {"a": "x" * 6000}, {})
     sealed(tmp_path / "m", packed({"a": "x" * 6000}, {}))
