@@ -86,7 +86,7 @@ def threads(rounds):
         f"{k} {n}": make(*data, threads=n) for k, make in (("forward", forward), ("gradient", gradient)) for n in (1, 2)
     }
     for n in (1, 2):  # what the memory itself gives a second thread
-        functions[f"touch {n}"] = touch(data[0], data[1], 16, threads=n)
+        functions[f"touch {n}"] = touch(data[0], data[1], DISTANCES[-1], threads=n)
     times = take_turns(functions, rounds)
     for kind in ("forward", "gradient", "touch"):
         yield {"case": dataclasses.asdict(case), "kind": kind, "speedup": times[f"{kind} 1"][0] / times[f"{kind} 2"][0]}

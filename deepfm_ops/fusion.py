@@ -8,7 +8,7 @@ which nobody uses any more, is pruned from the function.
 import weakref
 
 import tensorflow as tf
-from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils, func_graph
+from tensorflow.python.framework import auto_control_deps, func_graph
 
 from deepfm_ops import _library, ops
 
@@ -16,8 +16,6 @@ FORWARD, GRADIENT = "DeepfmOpsResourceFmInteraction", "DeepfmOpsResourceFmIntera
 READS = {FORWARD, GRADIENT, "ReadVariableOp", "ResourceGather", "VariableShape", "VarIsInitializedOp"}
 _rows, _weight_rows = 1, 3  # outputs of the gradient's op
 
-for _type in (FORWARD, GRADIENT):
-    auto_control_deps_utils.register_read_only_resource_op(_type)
 _replaced = weakref.WeakSet()
 
 
@@ -83,7 +81,7 @@ class Updates:
     def _is_all_of(self, op, updates):
         """Whether these are the updates of all tables of the op, alike, and no table was written to since."""
         inputs = ops.inputs_of(op)
-        tables = {_rows: inputs["table"], **dict.fromkeys([_weight_rows] * len(inputs["weights"]), *inputs["weights"])}
+        tables = dict(zip((_rows, _weight_rows), [inputs["table"], *inputs["weights"]], strict=False))
         used = op.get_attr("need_values") or any(output.consumers() for output in op.outputs)
         if used or updates.keys() != tables.keys():
             return False

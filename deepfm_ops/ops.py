@@ -7,6 +7,7 @@ import itertools
 
 import tensorflow as tf
 from tensorflow.python.eager import execute, forwardprop, forwardprop_util
+from tensorflow.python.framework import auto_control_deps_utils
 from tensorflow.python.ops import resource_variable_ops
 
 from deepfm_ops import _library, arguments, reference
@@ -186,7 +187,8 @@ def _values_needed(op, num_values):
 def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty):
     inputs = inputs_of(op)
     table, weights = inputs["table"], inputs["weights"]
-    keeps = op.get_attr("return_embeddings") and op.get_attr("output") != b"sum"  # rows as they were in the forward
+    returns = op.get_attr("return_embeddings")
+    keeps = returns and op.get_attr("output") != b"sum"  # rows as they were in the forward
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
@@ -195,7 +197,7 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
         sums=op.outputs[1],
         embeddings=[op.outputs[2]] if keeps else [],
         d_interaction=d_interaction,
-        d_embeddings=[d_embeddings] if op.get_attr("return_embeddings") else [],
+        d_embeddings=[d_embeddings] if returns else [],
         d_linear=[d_linear] if weights else [],
         d_penalty=d_penalty,
         **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
@@ -304,3 +306,5 @@ def _dense(gradient):
 
 for _name in [f"DeepfmOps{kind}FmInteraction{grad}" for kind in ("", "Resource") for grad in ("", "Grad")]:
     forwardprop._SPECIAL_CASES[_name] = _jvp(_name)
+    if "Resource" in _name:  # two of them on one table need not wait for each other
+        auto_control_deps_utils.register_read_only_resource_op(_name)

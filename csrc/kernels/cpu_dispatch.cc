@@ -24,10 +24,10 @@ struct Build {
 };
 
 // Each build's flags in _build.py, asked one by one: a machine may hide any of them from its guests.
-#define DEEPFM_HAS(feature) __builtin_cpu_supports(feature)
-const bool kRunsAvx2 = DEEPFM_HAS("avx2") && DEEPFM_HAS("fma") && DEEPFM_HAS("f16c");
-const bool kRunsAvx512 =
-    kRunsAvx2 && DEEPFM_HAS("avx512f") && DEEPFM_HAS("avx512bw") && DEEPFM_HAS("avx512dq") && DEEPFM_HAS("avx512vl");
+const bool kRunsAvx2 =
+    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+const bool kRunsAvx512 = kRunsAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 const Build kBuilds[] = {
     // widest first
     {"avx512", &avx512::kKernels, kRunsAvx512},

@@ -24,11 +24,10 @@ struct Prefetcher {
   uint64_t row_bytes;
   bool straddles;  // a row may lie in one line more than its size says: asked once, as a branch on each is mispredicted
 
-  template <typename T>
-  Prefetcher(const T* rows, int64_t count, int64_t row_bytes)
-      : base(count > kInCache / row_bytes ? reinterpret_cast<uintptr_t>(rows) : 0),
+  Prefetcher(const void* rows, int64_t count, int64_t row_bytes)
+      : base(count * row_bytes > kInCache ? reinterpret_cast<uintptr_t>(rows) : 0),
         row_bytes(static_cast<uint64_t>(row_bytes)),
-        straddles(base % 64 != 0 || (64 % row_bytes != 0 && row_bytes % 64 != 0)) {}
+        straddles(base % 64 != 0 || (row_bytes % 64 != 0 && (row_bytes & (row_bytes - 1)) != 0)) {}
 
   // Always inlined: as a function of its own it has no effect that GCC counts, and calls to it are dropped.
   DEEPFM_INLINE void Fetch(int64_t row) const {
@@ -45,8 +44,6 @@ static inline int64_t PrefetchDistance(int64_t row_bytes, int64_t most_rows = 24
   const int64_t rows = most_bytes / row_bytes;
   return rows > most_rows ? most_rows : rows < 4 ? 4 : rows;
 }
-static inline int64_t ForwardDistance(int64_t row_bytes) { return PrefetchDistance(row_bytes, 64, 12288); }
-
 // ---------------------------------------------------------------------------------------------
 // Forward
 
@@ -57,7 +54,7 @@ struct PairRows {
   const char* table;
   const I* indices;
   const T* weights;
-  int64_t num_rows, row_bytes;
+  int64_t num_rows, row_bytes, distance;
   Prefetcher fetch_row, fetch_weight;
 
   explicit PairRows(const ForwardArgs& a)
@@ -66,6 +63,7 @@ struct PairRows {
         weights(a.linear ? static_cast<const T*>(a.weights) : nullptr),
         num_rows(a.shape.num_rows),
         row_bytes(RowBytes(a.shape.dim, T{})),
+        distance(PrefetchDistance(row_bytes, 64, 12288)),
         fetch_row(table, num_rows, row_bytes),
         fetch_weight(weights, num_rows, sizeof(T)) {}
 
@@ -96,7 +94,7 @@ static int64_t ForwardBlock(const ForwardArgs& a, const PairRows<T, I>& rows, in
   A* sums = static_cast<A*>(a.sums);
   A* embeddings = static_cast<A*>(a.embeddings);
   A* linear = first == 0 ? static_cast<A*>(a.linear) : nullptr;
-  const int64_t distance = ForwardDistance(rows.row_bytes);
+  const int64_t distance = rows.distance;
 
   for (int64_t b = begin; b < end; ++b) {
     const int64_t start = shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample;
@@ -159,7 +157,7 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
   const PairRows<T, I> rows(a);
   const int64_t first_pair = shape.row_splits ? shape.row_splits[begin] : begin * shape.pairs_per_sample;
   const int64_t last_pair = shape.row_splits ? shape.row_splits[end] : end * shape.pairs_per_sample;
-  const int64_t warm = Min(last_pair, first_pair + ForwardDistance(rows.row_bytes));
+  const int64_t warm = Min(last_pair, first_pair + rows.distance);
   for (int64_t p = first_pair; p < warm; ++p) rows.Fetch(p);
   // With several blocks of columns a sample's rows are read once per block, while still in cache.
   const int64_t step = shape.dim <= kMaxVecs * kLanes<T> ? end - begin : 1;

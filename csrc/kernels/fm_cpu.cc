@@ -99,8 +99,7 @@ void FmUpdate(const GradientArgs& gradient_args, const UpdateArgs& table, const 
   Scratch<int64_t> samples;
   Scratch<int32_t> fields;
   const PairMap map = MakePairMap(gradient_args.shape, &samples, &fields, parallel);
-  const int64_t buffers = std::max<int64_t>(1, 4 * static_cast<int64_t>(parallel.threads));  // of For's pieces
-  const Scratch<char> rows(buffers * step * row_bytes);
+  const Scratch<char> rows(parallel.MostPieces() * step * row_bytes);
   std::atomic<int64_t> taken{0};
   ForGroups(groups, dim, parallel, [&](int64_t begin, int64_t end) {
     double weight_rows[kMostGroups];

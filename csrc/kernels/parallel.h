@@ -72,13 +72,15 @@ struct Parallel {
     job->Wait();
   }
 
+  // That For makes.
+  int64_t MostPieces() const { return threads > 1 ? 4 * static_cast<int64_t>(threads) : 1; }
+
   // Splits [0, n) into pieces of at least `grain` and calls fn(begin, end) on each. Pieces outnumber
   // threads a little, so that a thread that is held up does not hold up the rest.
   template <typename Fn>
   void For(int64_t n, int64_t grain, const Fn& fn) const {
     if (n <= 0) return;
-    const int64_t most = threads > 1 ? 4 * static_cast<int64_t>(threads) : 1;
-    const int64_t pieces = std::min(n / std::max<int64_t>(1, grain), most);
+    const int64_t pieces = std::min(n / std::max<int64_t>(1, grain), MostPieces());
     if (pieces <= 1) return fn(int64_t{0}, n);
     Run(pieces, [&](int64_t i) { fn(Cut(n, pieces, i), Cut(n, pieces, i + 1)); });
   }

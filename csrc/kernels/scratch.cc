@@ -91,9 +91,10 @@ void PreferHugePages(const void* data, int64_t bytes) {
 }
 
 void PreferHugePagesOnce(const void* data, int64_t bytes) {
-  static std::atomic<uintptr_t> asked[64];  // by hash
+  if (bytes < kHugePage) return;
+  static std::atomic<uintptr_t> asked[1024];  // by hash
   const uintptr_t key = reinterpret_cast<uintptr_t>(data) ^ static_cast<uintptr_t>(bytes);
-  if (asked[(key >> 6) * 0x9e3779b97f4a7c15u >> 58].exchange(key) != key) PreferHugePages(data, bytes);
+  if (asked[(key >> 6) * 0x9e3779b97f4a7c15u >> 54].exchange(key) != key) PreferHugePages(data, bytes);
 }
 
 }  // namespace deepfm

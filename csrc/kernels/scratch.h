@@ -15,8 +15,8 @@ void GiveBackScratch(void* block);
 // cost fewer TLB misses. A wish only; the contents stay as they are.
 void PreferHugePages(const void* data, int64_t bytes);
 
-// The same, unless it was asked for these bytes not long ago: asking takes microseconds, and the first time about two
-// milliseconds per megabyte.
+// The same, unless it was asked for as many bytes at this place before: asking takes microseconds, and the first time
+// about two milliseconds per megabyte. Of memory that was freed and mapped again meanwhile nothing is known.
 void PreferHugePagesOnce(const void* data, int64_t bytes);
 
 // An uninitialized array.

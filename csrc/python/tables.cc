@@ -341,10 +341,10 @@ py::tuple Finish(const Counter& counter, uint64_t least) {
                                              reinterpret_cast<const uint8_t*>(values.texts.data())));
 }
 
-// An array that nobody changes while it is sorted by: one that may be written to is copied.
+// An array that nobody changes while it is sorted by: one that may be written to, or belongs to another, is copied.
 template <typename T>
 py::array_t<T, py::array::c_style> Steady(const py::array_t<T, py::array::c_style>& array) {
-  if (!array.writeable()) return array;
+  if (!array.writeable() && array.owndata()) return array;
   return py::array_t<T, py::array::c_style>(array.size(), array.data());
 }
 

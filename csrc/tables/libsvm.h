@@ -10,9 +10,6 @@
 #ifndef DEEPFM_TABLES_LIBSVM_H_
 #define DEEPFM_TABLES_LIBSVM_H_
 
-#include <locale.h>
-#include <stdlib.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +19,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "plain_number.h"
 
 namespace deepfm {
 
@@ -63,9 +62,6 @@ class Growing {
   T* data_ = nullptr;
   int64_t size_ = 0, capacity_ = 0;
 };
-
-// Made when the library is loaded: a child that is forked while another thread made it would wait for ever.
-inline const locale_t kPlainLocale = newlocale(LC_ALL_MASK, "C", nullptr);
 
 class LibsvmParser {
  public:
@@ -172,17 +168,12 @@ class LibsvmParser {
       double x = static_cast<double>(digits);
       x = exponent < 0 ? x / kTens[-exponent] : x * kTens[exponent];
       *number = static_cast<float>(x * (1 - kSlack));
-      if (*number != static_cast<float>(x * (1 + kSlack))) *number = static_cast<float>(ReadSlowly(begin, p));
+      if (*number != static_cast<float>(x * (1 + kSlack))) *number = static_cast<float>(PlainNumber(begin, p));
     } else {
-      *number = static_cast<float>(ReadSlowly(begin, p));
+      *number = static_cast<float>(PlainNumber(begin, p));
     }
     if (negative) *number = -*number;
     return std::isfinite(*number) ? p : nullptr;
-  }
-
-  // strtod, whatever the user's locale has for a point.
-  static double ReadSlowly(const char* begin, const char* end) {
-    return strtod_l(std::string(begin, end).c_str(), nullptr, kPlainLocale);
   }
 
   // Appends the line's row, if it is one. Returns its first bad token, in which case nothing is appended, or nullptr.

@@ -1,20 +1,16 @@
 #include "texts.h"
 
-#include <locale.h>
-#include <stdlib.h>
-
 #include <charconv>
 #include <cmath>
 #include <cstring>
 #include <string_view>
 
+#include "plain_number.h"
+
 namespace deepfm {
 namespace {
 
 constexpr double kLargestWeight = 4294967296.0;  // as of every number: features/cells.py says why
-
-// Made when the library is loaded: a child that is forked while another thread made it would wait for ever.
-const locale_t kPlainLocale = newlocale(LC_ALL_MASK, "C", nullptr);
 
 bool IsBlank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -104,7 +100,7 @@ Spelled ReadNumber(const char* text, int64_t size, double* number) {
   const auto [stop, error] = std::from_chars(p, end, read);
   if (stop != end) return Spelled::kNoNumber;
   if (error == std::errc::result_out_of_range) {  // zero or infinity; the process's locale may not know the point
-    read = strtod_l(std::string(p, end).c_str(), nullptr, kPlainLocale);
+    read = PlainNumber(p, end);
   } else if (error != std::errc()) {
     return Spelled::kNoNumber;
   }

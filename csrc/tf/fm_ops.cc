@@ -150,8 +150,8 @@ class FmKernel : public Kernel {
     // Whoever updates the tables names what goes with them, too.
     Inputs(FmKernel* kernel, OpKernelContext* ctx, const std::vector<Tables::Input>& updated = {},
            bool exclusive = false)
-        : num_tables(kernel->TableInputs().size()),
-          tables(ctx, kernel->dtype_, kernel->TableInputs(updated), exclusive),
+        : tables(ctx, kernel->dtype_, kernel->TableInputs(updated), exclusive),
+          num_tables(tables.size() - updated.size()),
           indices(ctx->input(1)),
           values(Optional(ctx, "values")),
           checked(kernel->Check(tables[0], indices, values, Optional(ctx, "row_splits"))),
@@ -166,8 +166,8 @@ class FmKernel : public Kernel {
         if (tables.variable(i)) PreferHugePagesOnce(Data(tables[i]), tables[i].tensor_data().size());
     }
 
-    const size_t num_tables;  // 1, or 2 with first-order weights
     const Tables tables;
+    const size_t num_tables;  // 1, or 2 with first-order weights
     const Tensor& indices;
     const Tensor* const values;
     const CheckedShape checked;
@@ -179,7 +179,7 @@ class FmKernel : public Kernel {
   Output output_;
 
  private:
-  std::vector<Tables::Input> TableInputs(const std::vector<Tables::Input>& more = {}) const {
+  std::vector<Tables::Input> TableInputs(const std::vector<Tables::Input>& more) const {
     int first = 0, last = 0;
     OrFail(InputRange("weights", &first, &last));
     Require(last - first <= 1, "weights must be one tensor, got ", last - first);
@@ -203,10 +203,6 @@ class FmKernel : public Kernel {
 
   std::vector<int64_t> field_splits_;
 };
-
-void CheckIndices(int64_t bad, const Tensor& indices, const FmShape& shape) {
-  CheckIndices(bad, Data(indices), IndexTypeOf(indices), SizesOf(indices), shape.num_rows);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Kernels
@@ -235,7 +231,7 @@ class FmInteractionOp : public FmKernel {
     void* linear = Allocate(ctx, 3, in.weights ? Sizes{in.shape.num_samples, 1} : Sizes{0});
     args.linear = in.weights ? linear : nullptr;
     std::memset(Allocate(ctx, 4, {}), 0, tensorflow::DataTypeSize(acc_dtype_));  // the penalty
-    CheckIndices(FmForward(args, PoolOf(ctx)), in.indices, in.shape);
+    CheckIndices(FmForward(args, PoolOf(ctx)), args.indices, args.index_type, SizesOf(in.indices), in.shape.num_rows);
   }
 
  private:
@@ -269,8 +265,7 @@ class FmGradientKernel : public FmKernel {
     if (d_linear) CheckShape("d_linear", SizesOf(*d_linear), {shape.num_samples, 1});
     if (counts) CheckShape("counts", SizesOf(*counts), {shape.num_rows});
     if (counts) CheckShape("priors", SizesOf(*priors), {3});
-    CheckIndices(groups->Build(Data(in.indices), IndexTypeOf(in.indices), shape.num_pairs, shape.num_rows, pool),
-                 in.indices, shape);
+    Group(in.indices, shape.num_rows, pool, groups);
     GradientArgs args;
     args.shape = shape;
     args.table_type = TableTypeOf(dtype_);
@@ -350,8 +345,7 @@ class FmUpdateOp : public FmGradientKernel {
     RowGroups groups;
     GradientArgs gradient = Read(ctx, in, pool, &groups);
     UpdateArgs updates[2];
-    for (size_t i = 0; i < in.num_tables; ++i)
-      updates[i] = rule_.Read(ctx, dtype_, in.tables, i, FirstOf(in, i), hyper[i], counts);
+    for (size_t i = 0; i < in.num_tables; ++i) updates[i] = rule_.Read(in.tables, i, FirstOf(in, i), hyper[i], counts);
     for (size_t i = 0; i < in.num_tables; ++i) rule_.Own(ctx, in.tables, i, FirstOf(in, i), &updates[i]);
     gradient.table = updates[0].table;  // owning it may have moved it
     if (in.weights) gradient.weights = updates[1].table;

@@ -3,7 +3,6 @@
 #define DEEPFM_TF_OP_COMMON_H_
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -70,9 +69,8 @@ class Kernel : public OpKernel {
 };
 
 inline Sizes SizesOf(const Tensor& t) {
-  Sizes sizes;
-  for (const auto& dim : t.shape()) sizes.push_back(dim.size);
-  return sizes;
+  const auto sizes = t.shape().dim_sizes();
+  return Sizes(sizes.begin(), sizes.end());
 }
 
 inline TableType TableTypeOf(DataType dtype) {
@@ -102,6 +100,12 @@ inline Parallel PoolOf(OpKernelContext* ctx) {
   parallel.threads = workers->num_threads;
   parallel.schedule = [workers](std::function<void()> call) { workers->workers->Schedule(std::move(call)); };
   return parallel;
+}
+
+// Groups indices, each of which must be in [0, num_rows).
+inline void Group(const Tensor& indices, int64_t num_rows, const Parallel& pool, RowGroups* groups) {
+  const int64_t bad = groups->Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), num_rows, pool);
+  CheckIndices(bad, Data(indices), IndexTypeOf(indices), SizesOf(indices), num_rows);
 }
 
 // The only tensor of an input list, or null if there is none.

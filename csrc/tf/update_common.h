@@ -53,13 +53,12 @@ struct UpdateRule {
   const char* NameOf(int i) const { return i < num_slots ? "a slot" : "a lag"; }
 
   // An update of tables[table] with the slots and lags at `first`; the groups and the gradient are left to the caller.
-  UpdateArgs Read(OpKernelContext* ctx, DataType dtype, const Tables& tables, size_t table, size_t first,
-                  const Tensor& hyper, const Tensor* counts) const {
+  UpdateArgs Read(const Tables& tables, size_t table, size_t first, const Tensor& hyper, const Tensor* counts) const {
     const Sizes shape = SizesOf(tables[table]);
     Require(!shape.empty(), "table must have rows, got a scalar");
     UpdateArgs args;
     args.rule = rule;
-    args.table_type = TableTypeOf(dtype);
+    args.table_type = TableTypeOf(tables[table].dtype());
     args.num_rows = shape[0];
     args.dim = 1;
     for (size_t i = 1; i < shape.size(); ++i) args.dim *= shape[i];

@@ -20,16 +20,15 @@ class SparseUpdateOp : public Kernel {
     for (int i = 1; i < num_vars; ++i) inputs.push_back({i, rule_.NameOf(i - 1)});
     const Tables tables(ctx, dtype_, inputs, true);
     const Tensor &indices = ctx->input(num_vars), &gradient = ctx->input(num_vars + 1);
-    UpdateArgs args = rule_.Read(ctx, dtype_, tables, 0, 1, ctx->input(num_vars + 2),
-                                 rule_.num_counts ? &ctx->input(num_vars + 3) : nullptr);
+    UpdateArgs args =
+        rule_.Read(tables, 0, 1, ctx->input(num_vars + 2), rule_.num_counts ? &ctx->input(num_vars + 3) : nullptr);
     Require(indices.dims() == 1, "indices must be rank 1 [n], got shape ", TextOf(SizesOf(indices)));
     Sizes want = SizesOf(tables[0]);
     want[0] = indices.NumElements();
     CheckShape("gradient", SizesOf(gradient), want);
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    CheckIndices(groups.Build(Data(indices), IndexTypeOf(indices), indices.NumElements(), args.num_rows, pool),
-                 Data(indices), IndexTypeOf(indices), SizesOf(indices), args.num_rows);
+    Group(indices, args.num_rows, pool, &groups);
     rule_.Own(ctx, tables, 0, 1, &args);
     args.gradient = Data(gradient);
     args.groups = &groups;

@@ -1,5 +1,6 @@
 """The scores of a scorer's file, by the kernels and NumPy."""
 
+import contextlib
 import math
 import warnings
 
@@ -186,8 +187,9 @@ def _check_values(values):
     if values is None:
         return
     flat = values.reshape(-1)
-    if flat.size <= _SHORT and flat.dot(flat) <= cells.LARGEST**2:  # not for NaN
-        return
+    with contextlib.nullcontext() if flat.size <= _SHORT else forks.matrix_products:
+        if flat.dot(flat) <= cells.LARGEST**2:  # not for NaN
+            return
     bad = cells.first_unusable(values)
     if bad is not None:
         raise ValueError(f"values[{','.join(map(str, bad))}] = {values[bad]} {cells.UNUSABLE}")
@@ -271,14 +273,7 @@ class _Model:
             with np.errstate(all="ignore"):
                 model.score_something()
             return model
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            TypeError,
-            ValueError,
-        ) as error:  # of another writer
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of another writer
             raise ScorerFileError(f"{path} does not hold a model: {error!r}") from error
 
     def score_something(self):

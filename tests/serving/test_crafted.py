@@ -25,9 +25,9 @@ TABLE = {"user": ["ann", "bob", None], "age": [0.3, 0.5, None], "n": [1.0, 2, 3]
 TABLE |= {"city": ["Rome", "Oslo", "Bern"], "income": [1.0, 5, 9]}
 
 
-def sealed(path, content):
+def sealed(path, content, version=scorer_file.FORMAT):
     """Writes a zip's bytes as a scorer's file, whatever they are, with the checksum that they have."""
-    comment = f"deepfm_ops scorer {scorer_file.FORMAT} sha256 {scorer_file._digest(content[:-2])}".encode()
+    comment = f"deepfm_ops scorer {version} sha256 {scorer_file._digest(content[:-2])}".encode()
     path.write_bytes(content[:-2] + struct.pack("<H", len(comment)) + comment)
 
 
@@ -93,13 +93,18 @@ def survives(path, scored):
     return True
 
 
-@pytest.mark.parametrize("kind", ["features", "int8", "columns", "fm"])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:column")
-def test_every_value_of_a_manifest_changed(kind, files, tmp_path):
-    """Whatever stands anywhere in the manifest: the documented error, or scores."""
-    source, scored = files[kind]
+@pytest.fixture(name="parts", params=["features", "int8", "columns", "fm"])
+def _parts(request, files):
+    """(kind, what is scored, manifest, arrays) of a file that is good."""
+    source, scored = files[request.param]
     manifest, arrays, _ = scorer_file.read(source)
+    return request.param, scored, manifest, arrays
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:column")
+def test_every_value_of_a_manifest_changed(parts, tmp_path):
+    """Whatever stands anywhere in the manifest: the documented error, or scores."""
+    kind, scored, manifest, arrays = parts
     manifest = json.loads(json.dumps(manifest))
     refused = total = 0
     for path, odd, mutant in mutations(manifest):
@@ -117,13 +122,10 @@ def test_every_value_of_a_manifest_changed(kind, files, tmp_path):
     assert survives(tmp_path / "m", scored)
 
 
-@pytest.mark.parametrize("kind", ["features", "int8", "columns", "fm"])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:column")
-def test_every_array_changed(kind, files, tmp_path):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:column")
+def test_every_array_changed(parts, tmp_path):
     """Also indices in the dictionary's slots that the table does not have."""
-    source, scored = files[kind]
-    manifest, arrays, _ = scorer_file.read(source)
+    _, scored, manifest, arrays = parts
     for name, array in arrays.items():
         for change in ARRAYS.values():
             other = change(array)
@@ -334,9 +336,7 @@ def test_files_of_format_1(files, tmp_path):
     fields += [{"name": "t", "kind": "multivalued", "size": 1, "start": 11, "values": tags, "dtype": "text"}]
     manifest["features"] = {"format": 2, "separator": "|", "nonfinite": "error", "fields": fields}
     manifest["info"] |= {"inputs": "features", "kinds": {field["name"]: field["kind"] for field in fields}}
-    content = packed(manifest, arrays)
-    comment = f"deepfm_ops scorer 1 sha256 {scorer_file._digest(content[:-2])}".encode()
-    (tmp_path / "m").write_bytes(content[:-2] + struct.pack("<H", len(comment)) + comment)
+    sealed(tmp_path / "m", packed(manifest, arrays), version=1)
     loaded, plain = Scorer.load(tmp_path / "m"), Scorer.load(files["fm"][0])
     expected = plain.score([[2, 10, 13]], [[1, 0.5, 1]])
     np.testing.assert_array_equal(loaded.score({"k": ["b"], "n": [0.5], "t": ["2"]}), expected)
