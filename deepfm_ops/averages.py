@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import arguments
+from deepfm_ops.placement import beside
 
 CHUNK = 1 << 16  # rows at a time
 SMALLEST_DECAY = 2.0**-80  # of the decay so far, before lags are scaled down by it: float32 goes on to 2^-126
@@ -64,11 +65,15 @@ class Averaging:
             decay = tf.identity(self._decay_so_far.value)
         self._lag_scale = 1 / decay
         whole = [v for g, v in zip(grads, variables, strict=True) if g is not None and not self._moves_rows_only(g, v)]
-        before = [tf.identity(v.value) for v in whole]
+        before = []
+        for variable in whole:
+            with beside(variable):
+                before.append(tf.identity(variable.value))
         super().apply(grads, trainable_variables)
         for variable, old in zip(whole, before, strict=True):
-            move = tf.convert_to_tensor(variable.value) - old
-            self._lag_of(variable).value.assign_sub(move * tf.cast(self._lag_scale, move.dtype))
+            with beside(variable):
+                move = tf.convert_to_tensor(variable.value) - old
+                self._lag_of(variable).value.assign_sub(move * tf.cast(self._lag_scale, move.dtype))
         step = tf.cast(self._iterations.value, tf.float64)  # the first is 1
         decay *= tf.minimum(tf.constant(self.ema_momentum, tf.float64), (1 + step) / (10 + step))
         tf.cond(decay < SMALLEST_DECAY, lambda: self._rescale(decay), lambda: self._keep(decay))

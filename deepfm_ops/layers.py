@@ -125,7 +125,7 @@ class _SparseLayer(keras.layers.Layer):
         table, is_counted, first_pass = row_counts
         softness = tf.where(first_pass < 1, SOFTNESS, 0.0)
         priors = tf.stack([_precision(prior) * is_counted, _precision(prior_linear) * is_counted, softness])
-        if training:
+        if training and isinstance(self.samples.value, tf.Variable):  # and not what a keras.StatelessScope has for it
             self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
         return reference.Penalty(l2, l2_linear, table, priors)
 

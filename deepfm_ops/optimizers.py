@@ -24,6 +24,7 @@ import tensorflow as tf
 from deepfm_ops import arguments, fusion, ops
 from deepfm_ops.averages import Averaging
 from deepfm_ops.combined import CombinedOptimizer as CombinedOptimizer
+from deepfm_ops.placement import beside
 
 _step = threading.local()  # has the updates of the step that a thread takes
 RARE_COUNT = 20  # kRareCount of the native op
@@ -265,10 +266,11 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
             return
         super().build(variables)
         start = keras.initializers.Constant(self.initial_accumulator_value)
-        self._accumulators = [
-            self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.path.replace('/', '_')}_accumulator")
-            for v in variables
-        ]
+        self._accumulators = []
+        for v in variables:
+            with beside(v):
+                slot = self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.path.replace('/', '_')}_accumulator")
+            self._accumulators.append(slot)
 
     def update_step(self, gradient, variable, learning_rate):
         if isinstance(gradient, tf.IndexedSlices):

@@ -26,6 +26,7 @@ HOME = {
     "LazyAdam": "optimizers",
     "Ftrl": "optimizers",
     "CombinedOptimizer": "combined",
+    "RowNormal": "cluster.initializers",
 }
 MODELS = ("DeepFM", "ColumnDeepFM")  # an .h5 file names a model's class alone, without the package
 

@@ -210,7 +210,7 @@ class ConfiguredModel(keras.Model):
         """
         if isinstance(x, Stream):
             others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
-            _refuse_beside_stream(**others, validation_split=validation_split or None)
+            refuse_beside_stream(**others, validation_split=validation_split or None)
             if validation_data is x:
                 raise ValueError("validation_data must be a stream of its own: both would move the one position")
             if isinstance(validation_data, list | tuple):
@@ -375,7 +375,7 @@ class ConfiguredModel(keras.Model):
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         if isinstance(x, Stream):
-            _refuse_beside_stream(y=y, batch_size=args[0] if args else None, sample_weight=kwargs.get("sample_weight"))
+            refuse_beside_stream(y=y, batch_size=args[0] if args else None, sample_weight=kwargs.get("sample_weight"))
             if not x.has_labels:
                 raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
         with _streaming(self, x):
@@ -432,7 +432,7 @@ class ConfiguredModel(keras.Model):
             return tf.identity(y)
 
 
-def _refuse_beside_stream(**arguments):
+def refuse_beside_stream(**arguments):
     for name, given in arguments.items():
         if given is not None:
             raise ValueError(f"{name} must be left out: a stream has its labels, its batches and its rows")

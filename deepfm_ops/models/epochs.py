@@ -28,15 +28,18 @@ class EpochOrder:
 
     def __init__(self, arrays, batch_size, steps_per_epoch=None):
         self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
-        self.epoch, self._order = 0, np.arange(0)
+        self.epoch = 0
+        self._order: tuple[tuple | None, np.ndarray] = None, np.arange(0)
         self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
         self._length = len(self._arrays[0])
         self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)
 
-    def _batch(self, start):
-        if start == 0:
-            self._order = np.random.default_rng((self.seed, self.epoch)).permutation(self._length)
-        rows = self._order[start : start + self._batch_size]
+    def batch(self, start):
+        """The arrays of the batch that begins at a place in the order of the epoch."""
+        of = (self.seed, self.epoch)
+        if self._order[0] != of:
+            self._order = of, np.random.default_rng(of).permutation(self._length)
+        rows = self._order[1][start : start + self._batch_size]
         taken = [np.take(array, rows, axis=0) for array in self._arrays]
         return [x.astype(_dtype(x).as_numpy_dtype, copy=False) for x in taken]
 
@@ -46,7 +49,7 @@ class EpochOrder:
 
         @tf.autograph.experimental.do_not_convert
         def batch(start):  # of one iteration at a time, in their order
-            parts = tf.numpy_function(self._batch, [start], dtypes)
+            parts = tf.numpy_function(self.batch, [start], dtypes)
             for part, array in zip(parts, self._arrays, strict=True):
                 part.set_shape((None, *array.shape[1:]))
             return keras.tree.pack_sequence_as(self._nest, parts)

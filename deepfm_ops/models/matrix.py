@@ -288,8 +288,8 @@ class DeepFM(ConfiguredModel):
             size = features.num_features
             optimizer = getattr(self, "optimizer", None)
             optimizer = optimizer if optimizer is not None and optimizer.built else None
-            fresh = [(table, resizing.fresh_values(table, make, rows, size)) for table, make in layer.tables()]
-            resizing.grow_tables(optimizer, fresh, rows)
+            fresh = [(table, rows, resizing.fresh_values(table, make, rows, size)) for table, make in layer.tables()]
+            resizing.grow_tables(optimizer, fresh)
             layer.num_features = self._config["num_features"] = size
         if layer.feature_counts is not None and features.counts is not None:
             resizing.grow(layer.feature_counts, rows, 0)

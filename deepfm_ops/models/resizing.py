@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops.combined import unscaled
+from deepfm_ops.placement import beside
 
 
 def fresh_rows(old, new):
@@ -41,33 +42,36 @@ def grow(variable, rows, values):
     """Gives a weight other values at some rows, and as many rows as they need; the others keep theirs.
 
     Args:
-        variable: keras.Variable [V, ...].
+        variable: keras.Variable [V, ...]; what it becomes is made where it lies.
         rows: int64 [n], ascending.
         values: [n, ...], or one value for all.
 
     """
-    size = max(variable.shape[0], int(rows[-1]) + 1 if len(rows) else 0)
-    grown = np.empty((size, *variable.shape[1:]), variable.value.dtype.as_numpy_dtype)
-    grown[: variable.shape[0]] = variable.value.numpy()
-    grown[rows] = values
-    # Whoever holds the variable, a layer, a model, an optimizer, goes on holding it.
-    variable._shape = grown.shape
-    variable._initialize(tf.convert_to_tensor(grown))
+    if not len(rows):
+        return
+    old = variable.value
+    added = max(0, int(rows[-1]) + 1 - old.shape[0])
+    with beside(variable):
+        grown = tf.concat([old, tf.zeros((added, *old.shape[1:]), old.dtype)], 0)
+        values = tf.broadcast_to(tf.cast(values, old.dtype), (len(rows), *old.shape[1:]))
+        grown = tf.tensor_scatter_nd_update(grown, tf.constant(rows)[:, tf.newaxis], values)
+        # Whoever holds the variable, a layer, a model, an optimizer, goes on holding it.
+        variable._shape = tuple(grown.shape)
+        variable._initialize(grown)
 
 
-def grow_tables(optimizer, tables, rows):
+def grow_tables(optimizer, tables):
     """`grow` for tables, and for what an optimizer keeps of them, as a fresh one would.
 
     Args:
         optimizer: built, or None.
-        tables: [(variable, its values at the rows)].
-        rows: int64 [n], ascending.
+        tables: [(variable, rows int64 [n], ascending, its values there)].
 
     """
     optimizer = unscaled(optimizer)
     parts = [] if optimizer is None else getattr(optimizer, "_parts", (optimizer,))
     keys = [[part._var_key(variable) for variable in part._trainable_variables] for part in parts]
-    for variable, values in tables:
+    for variable, rows, values in tables:
         for part in parts:
             if any(variable is other for other in part._trainable_variables):
                 _grow_slots(part, variable, rows)

@@ -1,0 +1,227 @@
+"""What the steps of a pass are fed with, and who has had what.
+
+The chief says which batch a worker takes next and counts what was done; a step that fails with its worker is given
+back, and another worker takes it. So every batch is trained on at least once, and counted exactly once.
+"""
+
+import json
+import pickle
+import threading
+import uuid
+
+import numpy as np
+import tensorflow as tf
+
+from deepfm_ops.cluster import remote
+
+
+class Batch:
+    """One batch that a worker has taken.
+
+    Attributes:
+        number: of the batch in its part of the pass, from 0 on.
+        part: number of the part.
+        inputs: arrays (indices [B, P], values [B, P], labels [B, 1] or [0, 1], weights [B] or [0]); None of a stream,
+            which the worker reads itself.
+        state: of a stream, where the part is read from.
+
+    """
+
+    def __init__(self, number, part=0, inputs=None, state=None):
+        self.number, self.part, self.inputs, self.state = number, part, inputs, state
+
+    @property
+    def name(self):
+        return f"batch {self.number}" + (f" of part {self.part}" if self.part else "")
+
+
+class Arrays:
+    """Batches of arrays on the chief; they travel with each step.
+
+    Args:
+        batch: function (row) of the arrays of a batch, see `Batch`.
+        starts: the rows that batches start at.
+
+    """
+
+    kind, job = "arrays", None
+
+    def __init__(self, batch, starts):
+        self._batch, self._starts, self._lock = batch, list(starts), threading.Lock()
+        self.begin(0)
+
+    def begin(self, epoch):
+        """Starts a pass."""
+        self._next, self._back, self._taken, self._done = 0, [], {}, 0
+
+    @property
+    def is_finished(self):
+        return self._done == len(self._starts)
+
+    def take(self, worker):
+        """The next Batch for a worker, or None if there is none for it now."""
+        with self._lock:
+            if self._back:
+                number = self._back.pop(0)
+            elif self._next < len(self._starts):
+                number, self._next = self._next, self._next + 1
+            else:
+                return None
+            self._taken[number] = worker
+            return Batch(number, inputs=self._batch(self._starts[number]))
+
+    def done(self, batch):
+        """The batch was trained on; False: another worker has done it meanwhile."""
+        with self._lock:
+            if self._taken.pop(batch.number, None) is None:
+                return False
+            self._done += 1
+            return True
+
+    def release(self, worker):
+        """What a worker has taken and not done, others may take."""
+        with self._lock:
+            lost = [number for number, owner in self._taken.items() if owner == worker]
+            for number in lost:
+                del self._taken[number]
+            self._back = sorted([*self._back, *lost])
+
+    def state(self):
+        """A small dict for JSON: what was done of the pass."""
+        with self._lock:
+            return {"kind": self.kind, "next": self._next, "back": sorted([*self._back, *self._taken])}
+
+    def restore(self, state):
+        self._next, self._back, self._taken = state["next"], list(state["back"]), {}
+        self._done = self._next - len(self._back)
+
+
+class StreamParts:
+    """Batches of a stream, which the workers read themselves, each a part of it.
+
+    Args:
+        stream: `data.Stream`. It stays where it is: the position is here, one for each part.
+        parts: how many.
+
+    """
+
+    kind = "stream"
+
+    def __init__(self, stream, parts):
+        make, (features, source, options, _) = stream.__reduce__()
+        self._start, self._epoch, self._parts = stream.state(), stream.epoch, parts
+        self.job, self.content = uuid.uuid4().hex, pickle.dumps((make, features, source, options))
+        self._lock = threading.Lock()
+        self.begin(0)
+
+    def begin(self, epoch):
+        """Starts a pass."""
+        start, (index, count) = self._start, self._start["shard"]
+        in_the_middle = epoch == 0 and (start["batch"] or start["piece"] or start["chunk"] or start["row"])
+        parts = 1 if in_the_middle else self._parts
+        fresh = dict(start) if in_the_middle else {**start, "batch": 0, "rows": 0, "piece": 0, "chunk": 0, "row": 0}
+        fresh["epoch"] = self._pass = self._epoch + epoch
+        self._states = [{**fresh, "shard": [index + count * part, count * parts]} for part in range(parts)]
+        self._restart()
+
+    def _restart(self):
+        self._read = list(self._states)  # where each part is read from next; _states: up to where it was trained on
+        self._owners, self._open = {}, dict.fromkeys(range(len(self._states)), 0)
+
+    @property
+    def is_finished(self):
+        return all(state["epoch"] > self._pass for state in self._states)
+
+    def take(self, worker):
+        with self._lock:
+            for part in sorted(range(len(self._states)), key=lambda part: self._owners.get(part) != worker):
+                if self._owners.get(part, worker) == worker and self._read[part]["epoch"] == self._pass:
+                    self._owners[part] = worker
+                    return Batch(self._read[part]["batch"], part, state=self._read[part])
+        return None
+
+    def read(self, worker, batch, state):
+        """A worker has read the batch, and stands at a state."""
+        with self._lock:
+            batch.state = state
+            if self._owners.get(batch.part) == worker:
+                self._read[batch.part] = state
+
+    def is_over(self, batch):
+        """There was none: the part was at its end."""
+        with self._lock:
+            self._states[batch.part] = self._read[batch.part] = {**self._read[batch.part], "epoch": self._pass + 1}
+
+    def done(self, batch):
+        with self._lock:
+            before = self._states[batch.part]
+            if before["epoch"] > self._pass or before["batch"] > batch.number:
+                return False
+            self._states[batch.part] = batch.state
+            return True
+
+    def release(self, worker):
+        with self._lock:
+            for part in [part for part, owner in self._owners.items() if owner == worker]:
+                del self._owners[part]
+                self._read[part] = self._states[part]
+
+    def state(self):
+        with self._lock:
+            return {"kind": self.kind, "pass": self._pass, "parts": list(self._states)}
+
+    def restore(self, state):
+        known = {name: self._states[0][name] for name in ("files", "features", "batch_size", "shuffle", "seed")}
+        for name, value in known.items():
+            if state["parts"][0][name] != value:
+                raise ValueError(f"the checkpoint is of a stream with {name} {state['parts'][0][name]!r}, got {value!r}")
+        self._pass, self._states = state["pass"], list(state["parts"])
+        self._restart()
+
+
+# What runs in the workers' processes.
+
+_jobs = {}  # job: what makes its stream
+_reading = {}  # (job, part, parts): (state, stream, iterator)
+UNKNOWN, READ, OVER = b"unknown", b"read", b"over"
+
+
+@remote.function(tf.bool)
+def install(job, content):
+    """Tells a worker what the stream of a job is."""
+    _jobs.clear()  # one at a time
+    _reading.clear()
+    _jobs[job.decode()] = pickle.loads(content)
+    return np.True_
+
+
+@remote.function(tf.string, tf.string, tf.int64, tf.float32, tf.float32)
+def next_batch(job, state):
+    """The batch of a stream from a position on.
+
+    Args:
+        job: its name.
+        state: a stream's state, JSON.
+
+    Returns:
+        UNKNOWN, READ or OVER, the state after it, indices [B, P], values [B, P], labels [B] (none: [0]).
+
+    """
+    nothing = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
+    job, state = job.decode(), json.loads(state)
+    if job not in _jobs:
+        return UNKNOWN, b"", *nothing
+    place = (job, *state["shard"])
+    at, stream, batches = _reading.get(place, (None, None, None))
+    if at != state:
+        make, features, source, options = _jobs[job]
+        stream = make(features, source, {**options, "shard": tuple(state["shard"])}, state)
+        batches = iter(stream)
+    batch, after = next(batches, None), stream.state()
+    _reading.pop(place, None)
+    if batch is None:
+        return OVER, b"", *nothing
+    if after["epoch"] == state["epoch"]:
+        _reading[place] = after, stream, batches
+    (indices, values), *labels = batch
+    return READ, json.dumps(after).encode(), indices, values, labels[0] if labels else nothing[2]

@@ -1,0 +1,149 @@
+"""What a process of a cluster does: servers and workers serve until the chief is done, the chief goes on."""
+
+import contextlib
+import importlib
+import os
+import socket
+import sys
+import threading
+import time
+
+from deepfm_ops.cluster.config import ClusterError, answers, listening, read
+
+REMOTE = ("deepfm_ops.cluster.handshake", "deepfm_ops.cluster.feeding")  # the modules whose functions other processes may run here
+GONE = 8.0  # seconds without an answer after which a chief that was there is taken for dead
+WAIT = 600.0
+
+failed = threading.Event()  # an exception ends this process
+_before = None  # the hook that was there
+_door = None
+
+
+class _Door:
+    """Takes connections at the chief's port until TensorFlow's server does, so that the others see that it lives."""
+
+    def __init__(self, config, wait):
+        self.wait = wait
+        self._socket = listening(config)
+        self._thread = threading.Thread(target=self._take, daemon=True)
+        self._thread.start()
+
+    def _take(self):
+        with contextlib.suppress(OSError):
+            while True:
+                self._socket.accept()[0].close()
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which else keeps the port
+        self._thread.join(10)
+        self._socket.close()
+
+
+def door():
+    """What `serve_or_continue` left in a chief, or None."""
+    return _door
+
+
+def serve_or_continue(wait=WAIT):
+    """Stands at the top of a training script, which every process of a cluster runs.
+
+    What a process is, the environment variable TF_CONFIG says; `python -m deepfm_ops.cluster launch` sets it on one
+    machine, other launchers elsewhere. A parameter server or worker stays in this call and ends with it: with exit code
+    0 when the chief has ended, with 1 and one line when the chief is lost. In the chief, and without TF_CONFIG, the
+    script goes on.
+
+    Where a ClusterError ends the script, it is one line from here on, without a traceback.
+
+    Args:
+        wait: seconds that the processes wait for each other at the start.
+
+    Raises:
+        ClusterError: TF_CONFIG does not describe a cluster, the port is in use, or the native library is missing.
+
+    """
+    global _door
+    _hook()
+    config = read()
+    if config is None:
+        return
+    os.environ.setdefault("GRPC_FAIL_FAST", "use_caller")  # a lost process is an error at once
+    if config.role != "chief":
+        _serve(config, wait)
+    elif _door is None:
+        _door = _Door(config, wait)
+
+
+def _hook():
+    """Makes ClusterErrors that nothing catches one line, and notes that this process failed."""
+    global _before
+    if _before is None:
+        _before, sys.excepthook = sys.excepthook, _say
+
+
+def _say(kind, error, traceback):
+    failed.set()
+    if issubclass(kind, ClusterError):
+        print(f"deepfm_ops.cluster: {error}", file=sys.stderr, flush=True)
+    else:
+        _before(kind, error, traceback)
+
+
+def _serve(config, wait):
+    """A parameter server's or worker's life; does not return."""
+    listening(config).close()  # said before TensorFlow takes its seconds
+    import tensorflow as tf
+
+    from deepfm_ops import native_info
+
+    reason = native_info()["reason"]
+    if reason is not None:
+        raise ClusterError(f"{config.name} lacks the native library, which every process of a cluster needs: {reason}")
+    for module in REMOTE:
+        importlib.import_module(module)
+    from deepfm_ops.cluster import handshake
+
+    options = tf.compat.v1.ConfigProto(device_count={"GPU": 0} if config.role == "ps" else {})
+    listening(config).close()  # TensorFlow's server would share a port with another one
+    spec = tf.train.ClusterSpec(config.cluster)
+    server = tf.distribute.Server(spec, config.role, config.index, protocol="grpc", config=options, start=False)
+    server.start()
+    print(f"{config.name} serves at {config.cluster[config.role][config.index]}, process {os.getpid()}", flush=True)
+    try:
+        reason = stay(config.address("chief"), wait, handshake.finished)
+    except KeyboardInterrupt:
+        _end(130)
+    if reason is not None:
+        print(f"deepfm_ops.cluster: {config.name} ends: {reason}", file=sys.stderr, flush=True)
+        _end(1)
+    time.sleep(0.5)  # the answer to the chief is on its way
+    _end(handshake.code)
+
+
+def stay(chief, wait, finished):
+    """Returns when the chief has ended: None if it has said so, else why one has to believe it.
+
+    Args:
+        chief: its (host, port).
+        wait: seconds that it has to appear.
+        finished: a threading.Event, set when it says so.
+
+    """
+    seen, deadline = False, time.monotonic() + wait
+    while not finished.wait(1.0):
+        address = answers(chief, GONE / 2)
+        if address is not None:
+            seen, chief, deadline = True, address, time.monotonic() + GONE
+        elif time.monotonic() > deadline:
+            where = f"{chief[0]}:{chief[1]}"
+            if seen:
+                return f"the chief at {where} is lost; start the job again, it goes on from its last checkpoint"
+            return f"no chief came to {where} within {wait:g} seconds; start one, with the same TF_CONFIG cluster"
+    return None
+
+
+def _end(code):
+    """Ends the process at once: TensorFlow's servers know no other end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,373 @@
+"""What a worker computes in a step, and what servers do for it: the graphs of a `ShardedDeepFM`."""
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from deepfm_ops.cluster import feeding
+from deepfm_ops.cluster.tables import Table, on_each, split
+from deepfm_ops.features import counts
+from deepfm_ops.cluster.initializers import rows_of
+from deepfm_ops.layers import NOT_COUNTED
+from deepfm_ops.models import resizing
+from deepfm_ops.optimizers import _Sparse
+from deepfm_ops.placement import beside
+
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+class Steps:
+    """A model whose tables are in parts on servers.
+
+    Args:
+        make: function that makes the `DeepFM` that a worker computes, of tables of one row, in whose place the rows of
+            a batch stand. Its dense weights come to lie on the servers.
+        servers: devices.
+        rows: of the tables.
+        counted, num_samples: feature counts, int32 [rows], or None; rows that were counted, or None.
+        wire: dtype of rows and gradients on the network.
+
+    Attributes:
+        template: that model.
+        tables: `Table` of each table.
+        dense: the other trainable weights.
+        state: weights that steps set, of batch normalization and dropout.
+        counts: tf.Variable int32 of each server, or [].
+        samples: tf.Variable int64 [2], (seen in training, counted), or None.
+
+    """
+
+    def __init__(self, make, servers, rows, counted, num_samples, wire):
+        self.servers, self.rows, self.wire = servers, rows, wire
+        with _spread(servers):
+            self.template = make()
+        self._source, self.dense, self.state = parts_of(self.template)
+        self.counts, self.samples = [], None
+        if counted is not None:
+            parts = len(servers)
+            self.counts = [_variable(server, counted[part::parts]) for part, server in enumerate(servers)]
+            known = (num_samples or 0) if counted.any() else NOT_COUNTED
+            self.samples = _variable(servers[0], np.array([0, known]))
+        self.tables = [
+            Table(variable, initializer, servers, rows, self._row_counts)
+            for variable, initializer in self._source.tables()
+        ]
+        self.optimizer, self.parts = None, ()
+        self._functions = {}
+
+    @property
+    def trainable(self):
+        """All weights that are trained, parts of tables first."""
+        return [part for table in self.tables for part in table.parts] + self.dense
+
+    def _row_counts(self, part):
+        if self.samples is None:
+            return None
+        seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples), tf.float32))
+        is_counted = tf.cast(tf.not_equal(counted, NOT_COUNTED), tf.float32)
+        first_pass = tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
+        return tf.convert_to_tensor(self.counts[part]), is_counted, first_pass
+
+    def compile(self, optimizer):
+        """Gives it an optimizer of the same configuration, whose variables lie beside what they are of.
+
+        Raises:
+            ValueError: one whose step costs whole tables.
+
+        """
+        with tf.device(self.servers[0]):
+            self.optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+        self.parts = getattr(self.optimizer, "_parts", (self.optimizer,))
+        _refuse(self.parts[0])
+        with tf.device(self.servers[0]):
+            self.optimizer.build(self.trainable)
+        for part in self.parts:
+            _update_beside(part)
+        self._functions = {}
+
+    def function(self, kind, *options):
+        """A concrete function: see `_make_...`. It is traced here, outside of a strategy's scope."""
+        key = (kind, *options)
+        if key not in self._functions:
+            make, specs = getattr(self, f"_make_{kind}")(*options)
+            self._functions[key] = tf.function(make, autograph=False, input_signature=specs).get_concrete_function()
+        return self._functions[key]
+
+    # Averages.
+
+    def lag_of(self, variable):
+        """(lag, the decay that it is scaled by) of a variable whose average is kept, else None."""
+        part = self.part_of(variable) if self.optimizer is not None and self.optimizer.use_ema else None
+        if part is None:
+            return None
+        return part._lag_of(variable).value, part._decay_so_far.value
+
+    def part_of(self, variable):
+        """The optimizer that a variable is updated by, or None."""
+        return next((part for part in self.parts if any(variable is v for v in part._trainable_variables)), None)
+
+    def average(self, variable, value, local=None):
+        """The average of a variable that has this value, or of some of its rows; the value, where there is none."""
+        if (found := self.lag_of(variable)) is None:
+            return value
+        lag, decay = found
+        lag = tf.convert_to_tensor(lag) if local is None else _gather(lag, local)
+        return value + lag * tf.cast(decay, value.dtype)
+
+    def settle(self):
+        """What showing averages and hiding them again does to lags, to the same bits."""
+
+        def settle(variable):
+            with beside(variable):
+                raw = tf.convert_to_tensor(variable.value)
+                self.lag_of(variable)[0].assign(self.average(variable, raw) - raw)
+
+        on_each(settle, self.trainable)
+        for part in self.parts:
+            part._decay_so_far.assign(1.0)
+
+    def resize(self, rows, size, counted, num_samples):
+        """See `DeepFM.resize`.
+
+        Args:
+            rows: int64 [n], ascending, those that get fresh values, the added ones among them.
+            size: rows of the tables from now on.
+            counted, num_samples: see the class.
+
+        """
+        parts, grown = len(self.servers), []
+        for part, server in enumerate(self.servers):
+            mine = rows[rows % parts == part]
+            for table in self.tables:
+                with tf.device(server):
+                    fresh = rows_of(table.initializer, tf.constant(mine), table.columns, table.dtype)
+                grown.append((table.parts[part], mine // parts, fresh))
+        resizing.grow_tables(self.optimizer, grown)
+        self.rows = size
+        for table in self.tables:
+            table.rows = size
+        if self.counts and counted is not None:
+            counted = counts.checked(counted, size)
+            seen = self.samples.numpy()[0]
+            self.counts = [_variable(server, counted[part::parts]) for part, server in enumerate(self.servers)]
+            self.samples.assign([seen, num_samples or 0])
+        self._functions = {}
+
+    # A step.
+
+    def _pull(self, indices, averaged):
+        """(positions [B, P], local rows of each part, rows [U, n] of each table, counts [U] or none) of a batch."""
+        positions, local = split(indices, len(self.servers), self.rows)
+        pulled, counted = [[] for _ in self.tables], []
+        for part, server in enumerate(self.servers):
+            with tf.device(server):
+                for table, rows in zip(self.tables, pulled, strict=True):
+                    some = _gather(table.parts[part].value, local[part])
+                    some = self.average(table.parts[part], some, local[part]) if averaged else some
+                    rows.append(tf.cast(some, tf.bfloat16) if self.wire == "bfloat16" else some)
+                if self.counts:
+                    counted.append(_gather(self.counts[part], local[part]))
+        rows = [
+            tf.ensure_shape(tf.cast(tf.concat(some, 0), table.dtype), (None, *table.columns))
+            for table, some in zip(self.tables, pulled, strict=True)
+        ]
+        return positions, tuple(local), tuple(rows), tuple([tf.concat(counted, 0)] if counted else [])
+
+    def _forward(self, pulled, values, labels, weights, training):
+        """(scores, loss or None) of a batch whose rows are there; averaged weights, where it is no training."""
+        positions, _, rows, counted = pulled
+        scope = keras.StatelessScope(collect_losses=True)
+        instead = {id(table.variable): some for table, some in zip(self.tables, rows, strict=True)}
+        if counted:
+            instead |= {id(self._source.feature_counts): counted[0], id(self._source.samples): self.samples + 0}
+        if not training:
+            for variable in self.dense:
+                with beside(variable):
+                    instead[id(variable)] = self.average(variable, tf.convert_to_tensor(variable.value))
+        scope.state_mapping.update(instead)  # not by its arguments: rows are not of the table's shape
+        loss = None
+        with scope:
+            scores = self.template((positions, values), training=training)
+            if labels is not None:
+                loss = self.template.compute_loss(None, labels, scores, weights, training=training)
+        if training:
+            for variable in self.state:
+                if (value := scope.get_current_value(variable)) is not None:
+                    variable.value.assign(value)
+        return scores, loss
+
+    def _train(self, pulled, values, labels, weights):
+        _, local, rows, _ = pulled
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            scores, loss = self._forward(pulled, values, labels, weights, True)
+        gradients = tape.gradient(loss, [*rows, *(v.value for v in self.dense)])
+        if self.samples is not None:
+            self.samples.assign_add([tf.shape(values, tf.int64)[0], 0])
+        self._push(local, gradients[: len(rows)], gradients[len(rows) :])
+        return scores, loss
+
+    def _push(self, local, of_rows, of_dense):
+        # Every row was used, so that every one is named, in their order: the values are all of the gradient.
+        of_rows = [g.values if isinstance(g, tf.IndexedSlices) else g for g in of_rows]
+        of_rows, of_dense = self._clipped(of_rows, of_dense)
+        slices, sizes = [], [tf.size(rows) for rows in local]
+        for gradient in of_rows:
+            gradient = tf.cast(gradient, tf.bfloat16) if self.wire == "bfloat16" else gradient
+            pieces = tf.split(gradient, sizes, num=len(sizes))
+            slices += [tf.IndexedSlices(piece, rows) for piece, rows in zip(pieces, local, strict=True)]
+        with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(_unclipped(part))
+            self.optimizer.apply([*slices, *of_dense], self.trainable)
+
+    def _clipped(self, of_rows, of_dense):
+        """Clipped by the norms of whole tables, whatever the number of parts."""
+        gradients = [*of_rows, *of_dense]
+        owners = [self.part_of(v) for v in (*(table.parts[0] for table in self.tables), *self.dense)]
+        for part in self.parts:
+            mine = [i for i, owner in enumerate(owners) if owner is part]
+            for i, gradient in zip(mine, part._clip_gradients([gradients[i] for i in mine]), strict=True):
+                gradients[i] = gradient
+        return gradients[: len(of_rows)], gradients[len(of_rows) :]
+
+    # The functions that workers run: (function, signature).
+
+    @property
+    def _columns(self):
+        return self.template.inputs[0].shape[1]
+
+    def _of_batch(self, weighted):
+        numbers = lambda *shape: tf.TensorSpec(shape, tf.float32)  # noqa: E731
+        indices = tf.TensorSpec((None, self._columns), tf.int64)
+        return [indices, numbers(None, self._columns), numbers(None, 1), numbers(None if weighted else 0)]
+
+    def _make_pull(self, weighted, averaged):
+        """The arrays of a batch to what a step needs."""
+
+        def pull(indices, values, labels, weights):
+            return self._pull(indices, averaged), values, labels, weights
+
+        return pull, self._of_batch(weighted)
+
+    def _make_read(self, job, averaged):
+        """A stream's state to (what came of reading there, the state after, what a step needs)."""
+
+        def read(state):
+            status, after, indices, values, labels = feeding.next_batch(job, state)
+            indices, values = tf.reshape(indices, [-1, self._columns]), tf.reshape(values, [-1, self._columns])
+            return status, after, (self._pull(indices, averaged), values, tf.reshape(labels, [-1, 1]), tf.zeros([0]))
+
+        return read, [tf.TensorSpec((), tf.string)]
+
+    def _make_run(self, kind, weighted):
+        """What a step needs to its results, float32: the loss, scores, and of training and tests labels and weights."""
+
+        def run(pulled, values, labels, weights):
+            given = weights if weighted else None
+            if kind == "train":
+                scores, loss = self._train(pulled, values, labels, given)
+            else:
+                scores, loss = self._forward(pulled, values, labels if kind == "test" else None, given, False)
+            found = [scores] if kind == "predict" else [loss, scores, labels, weights]
+            return tf.concat([tf.reshape(tf.cast(x, tf.float32), [-1]) for x in found], 0)
+
+        local = tf.int64 if self.tables[0].is_wide else tf.int32
+        pulled = (
+            tf.TensorSpec((None, self._columns), tf.int64),
+            tuple(tf.TensorSpec((None,), local) for _ in self.servers),
+            tuple(tf.TensorSpec((None, *table.columns), table.dtype) for table in self.tables),
+            tuple(tf.TensorSpec((None,), tf.int32) for _ in self.counts[:1]),
+        )
+        return run, [pulled, *self._of_batch(weighted)[1:]]
+
+
+    def _make_both(self, get, run):
+        """What `run` takes, and then what `get` takes, of the next batch, to (results, what that needs)."""
+        (get, asked), (run, needed) = (getattr(self, f"_make_{kind}")(*options) for kind, *options in (get, run))
+
+        def both(*arguments):
+            following = get(*arguments[len(needed) :])  # first, as updates wait for those who read before them
+            return run(*arguments[: len(needed)]), following
+
+        return both, [*needed, *asked]
+
+
+def parts_of(model):
+    """(the layer that owns the tables, the other trainable weights, what else steps set) of a DeepFM."""
+    source = (model.plan.lookups or model.plan.first_orders)[0].source
+    apart = [*(variable for variable, _ in source.tables()), source.feature_counts, source.samples]
+    is_other = lambda v: not any(v is known for known in apart)  # noqa: E731
+    state = [v for v in model.non_trainable_variables if v.trainable is False]
+    return source, list(filter(is_other, model.trainable_variables)), list(filter(is_other, state))
+
+
+def _variable(server, value):
+    with tf.device(server):
+        return tf.Variable(value, trainable=False)
+
+
+def _gather(variable, rows):
+    """Rows of a variable, which is not read as a whole."""
+    return tf.raw_ops.ResourceGather(resource=variable.handle, indices=rows, dtype=variable.dtype)
+
+
+@contextlib.contextmanager
+def _spread(servers):
+    """Inside, each variable is made on the server that has the least as yet."""
+    sizes = [0] * len(servers)
+
+    def make(next_creator, **kwargs):
+        least = int(np.argmin(sizes))
+        with tf.device(servers[least]):
+            variable = next_creator(**kwargs)
+        sizes[least] += int(np.prod(variable.shape))
+        return variable
+
+    with tf.variable_creator_scope(make):
+        yield
+
+
+def _refuse(optimizer):
+    """Raises ValueError for an optimizer that cannot update parts of tables by their rows."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, _Sparse):
+        raise ValueError(
+            f"tables on servers need an optimizer of deepfm_ops.optimizers, got {name} of Keras: use LazyAdam, or "
+            "CombinedOptimizer(LazyAdam(...), ...) to keep it for dense weights"
+        )
+    if optimizer._moves_absent_rows or optimizer.gradient_accumulation_steps or optimizer.loss_scale_factor:
+        raise ValueError(
+            f"{name} with momentum, gradient_accumulation_steps or loss_scale_factor would send whole tables at every "
+            "step: leave them out"
+        )
+    if optimizer.ema_overwrite_frequency:
+        raise ValueError("ema_overwrite_frequency must be left out: averages are shown where they are read")
+
+
+def _update_beside(optimizer):
+    """Has an optimizer update each variable where it lies, and count steps there."""
+    update = optimizer.update_step
+
+    def update_step(gradient, variable, learning_rate):
+        with beside(variable):
+            return update(gradient, variable, learning_rate)
+
+    optimizer.update_step = update_step
+    # Keras's reads it, adds and sets it: of two workers at once one would be lost.
+    optimizer._iterations.assign_add = optimizer._iterations.value.assign_add
+
+
+@contextlib.contextmanager
+def _unclipped(optimizer):
+    """Inside, the optimizer takes gradients as they are: they were clipped."""
+    kept = {name: getattr(optimizer, name) for name in _CLIPS}
+    for name in _CLIPS:
+        setattr(optimizer, name, None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(optimizer, name, value)
