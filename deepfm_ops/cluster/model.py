@@ -12,7 +12,7 @@ from deepfm_ops.cluster import feeding
 from deepfm_ops.cluster.coordinator import connect
 from deepfm_ops.cluster.initializers import RowNormal, rows_of
 from deepfm_ops.cluster.passes import Pass
-from deepfm_ops.cluster.steps import Steps, parts_of
+from deepfm_ops.cluster.steps import AVERAGES, ROWS, SUMS, Steps, parts_of
 from deepfm_ops.cluster.tables import Sharded, chunks, on_each
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.features import counts
@@ -293,9 +293,9 @@ class ShardedDeepFM:
 
     def _results(self, kind, feed, weighted, in_flight=None, prefetch=False):
         """(Batch, results) of each step, see `Steps`."""
-        averaged = kind != "train"
-        get = ("pull", weighted, averaged) if feed.job is None else ("read", feed.job, averaged)
-        run = "run", kind, weighted
+        what = AVERAGES if kind != "train" else SUMS if in_flight > 1 and self._steps.can_sum else ROWS
+        get = ("pull", weighted, what) if feed.job is None else ("read", feed.job, what)
+        run = "run", kind, weighted, what
         functions = [self._steps.function(*name) for name in (get, run, *([("both", get, run)] if prefetch else []))]
         in_flight = len(self.cluster.workers) if in_flight is None else in_flight
         self._passing = Pass(self.cluster, feed, in_flight, *functions)

@@ -6,8 +6,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from deepfm_ops import _library
 from deepfm_ops.cluster import feeding
-from deepfm_ops.cluster.tables import Table, on_each, split
+from deepfm_ops.cluster.tables import Table, is_wide, on_each, split
 from deepfm_ops.features import counts
 from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.layers import NOT_COUNTED
@@ -15,6 +16,8 @@ from deepfm_ops.models import resizing
 from deepfm_ops.optimizers import _Sparse
 from deepfm_ops.placement import beside
 
+ROWS, AVERAGES, SUMS = "rows", "averages", "sums"  # what a step needs of its batch
+MOST_SUMS = 8  # servers, from which each sample's sums are more than the rows of its batch
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -204,10 +207,13 @@ class Steps:
             tape.watch(rows)
             scores, loss = self._forward(pulled, values, labels, weights, True)
         gradients = tape.gradient(loss, [*rows, *(v.value for v in self.dense)])
-        if self.samples is not None:
-            self.samples.assign_add([tf.shape(values, tf.int64)[0], 0])
+        self._count(values)
         self._push(local, gradients[: len(rows)], gradients[len(rows) :])
         return scores, loss
+
+    def _count(self, values):
+        if self.samples is not None:
+            self.samples.assign_add([tf.shape(values, tf.int64)[0], 0])
 
     def _push(self, local, of_rows, of_dense):
         # Every row was used, so that every one is named, in their order: the values are all of the gradient.
@@ -222,6 +228,106 @@ class Steps:
             for part in self.parts:
                 stack.enter_context(_unclipped(part))
             self.optimizer.apply([*slices, *of_dense], self.trainable)
+
+    # A step of a factorization machine alone: servers add up their own rows, and no row crosses the network.
+
+    @property
+    def can_sum(self):
+        """Whether sums can stand for rows, and are less: [B, 2K + 1] numbers of each server, instead of the rows."""
+        plan, clips = self.template.plan, [getattr(part, name) for part in self.parts for name in _CLIPS]
+        is_fm = bool(plan.second_order) and plan.deep is None and set(self._source.field_sizes) == {1}
+        return is_fm and len(self.servers) <= MOST_SUMS and not any(clips)
+
+    def _pull_sums(self, indices, values):
+        """(row splits, local indices and values of each part's pairs, sums [B, K], second and first order [B, 1])."""
+        parts, samples = len(self.servers), tf.shape(indices)[0]
+        with tf.control_dependencies([split(indices, parts, self.rows)[0]]):  # which says what is out of range
+            flat = tf.reshape(indices, [-1])
+        owner = tf.cast(flat % parts, tf.int32)
+        local = tf.dynamic_partition(tf.cast(flat // parts, tf.int64 if self.is_wide else tf.int32), owner, parts)
+        weighted = tf.dynamic_partition(tf.reshape(values, [-1]), owner, parts)
+        bins = tf.repeat(tf.range(samples), self._columns) * parts + owner
+        counted = tf.reshape(tf.math.bincount(bins, minlength=samples * parts), [samples, parts])
+        splits = tf.unstack(tf.concat([tf.zeros((1, parts), tf.int32), tf.cumsum(counted)], 0), parts, axis=1)
+        all_ones = tf.reduce_all(tf.equal(values, 1))
+        weighted = [tf.cond(all_ones, lambda: tf.zeros([0]), lambda x=x: x) for x in weighted]
+        sums, squares, linear = 0.0, 0.0, 0.0
+        for part, server in enumerate(self.servers):
+            with tf.device(server):
+                op = _library.native_ops("native").deepfm_ops_resource_fm_interaction
+                found, mine, _, first, _ = op(
+                    **self._of_part(part, local[part], weighted[part], splits[part]),
+                    counts=[],
+                    priors=[],
+                    Tacc=self._source.compute_dtype,
+                    return_embeddings=False,
+                )
+                square = tf.reduce_sum(mine * mine, 1, keepdims=True) - 2 * found  # of the pairs' rows, added up
+                answer = tf.concat([mine, square, *([first] if self._source.use_linear else [])], 1)
+            width = self._source.embedding_dim
+            sums += answer[:, :width]
+            squares += answer[:, width : width + 1]
+            linear += answer[:, width + 1 :]
+        second = 0.5 * (tf.reduce_sum(sums * sums, 1, keepdims=True) - squares)
+        return tuple(splits), tuple(local), tuple(weighted), sums, second, linear
+
+    def _of_part(self, part, local, weighted, splits):
+        """What the op and its gradient have in common, of the pairs of a part; on its server."""
+        handles = [table.parts[part].value.handle for table in self.tables]
+        ones = lambda: tf.ones(tf.shape(local), tf.float32)  # noqa: E731
+        values = tf.cond(tf.equal(tf.size(weighted), 0), ones, lambda: weighted)
+        return {
+            "table": handles[0],
+            "weights": handles[1:],
+            "indices": local,
+            "values": [tf.ensure_shape(values, [None])],
+            "row_splits": [tf.cast(splits, tf.int64)],
+            "l2": self._source.l2,
+            "l2_linear": self._source.l2_linear,
+            "output": "scalar",
+            "field_splits": [],
+            "T": self.tables[0].dtype,
+        }
+
+    def _train_sums(self, pulled, values, labels, weights):
+        splits, local, weighted, sums, second, linear = pulled
+        orders = [linear, second] if self._source.use_linear else [second]
+        with tf.GradientTape() as tape:
+            tape.watch(orders)
+            scores = self.template.plan.head(orders)
+            loss = self.template.compute_loss(None, labels, scores, weights, training=True)
+        found = tape.gradient(loss, [*orders, *(v.value for v in self.dense)])
+        *of_linear, of_second = found[: len(orders)]
+        message = tf.concat([sums, of_second, *of_linear], 1)
+        penalty, source = None, self._source
+        if self.counts:
+            scope = keras.StatelessScope()
+            scope.state_mapping[id(source.samples)] = self.samples + 0
+            with scope:
+                strengths = source.l2, source.l2_linear, source.embedding_prior, source.linear_prior
+                penalty = source._penalty(tf.shape(values)[0], False, *strengths)
+        self._count(values)
+        slices = []
+        for part, server in enumerate(self.servers):
+            with tf.device(server):
+                got = tf.identity(message)
+                width = source.embedding_dim
+                unique, *rows = _library.native_ops("native").deepfm_ops_resource_fm_interaction_grad(
+                    **self._of_part(part, local[part], weighted[part], splits[part]),
+                    counts=[] if penalty is None else [tf.convert_to_tensor(self.counts[part])],
+                    priors=[] if penalty is None else [penalty.priors],
+                    sums=got[:, :width],
+                    embeddings=[],
+                    d_interaction=got[:, width : width + 1],
+                    d_embeddings=[],
+                    d_linear=[got[:, width + 1 :]] if source.use_linear else [],
+                    d_penalty=tf.ones([]),
+                    need_values=False,
+                )
+                slices.append([tf.IndexedSlices(rows[place], unique) for place in (0, 2)[: len(self.tables)]])
+        ordered = [some for table in zip(*slices, strict=True) for some in table]
+        self.optimizer.apply([*ordered, *found[len(orders) :]], self.trainable)
+        return scores, loss
 
     def _clipped(self, of_rows, of_dense):
         """Clipped by the norms of whole tables, whatever the number of parts."""
@@ -244,44 +350,61 @@ class Steps:
         indices = tf.TensorSpec((None, self._columns), tf.int64)
         return [indices, numbers(None, self._columns), numbers(None, 1), numbers(None if weighted else 0)]
 
-    def _make_pull(self, weighted, averaged):
-        """The arrays of a batch to what a step needs."""
+    def _pulled(self, what, indices, values):
+        return self._pull_sums(indices, values) if what == SUMS else self._pull(indices, what == AVERAGES)
+
+    def _make_pull(self, weighted, what):
+        """The arrays of a batch to what a step needs: ROWS, AVERAGES or SUMS."""
 
         def pull(indices, values, labels, weights):
-            return self._pull(indices, averaged), values, labels, weights
+            return self._pulled(what, indices, values), values, labels, weights
 
         return pull, self._of_batch(weighted)
 
-    def _make_read(self, job, averaged):
+    def _make_read(self, job, what):
         """A stream's state to (what came of reading there, the state after, what a step needs)."""
 
         def read(state):
             status, after, indices, values, labels = feeding.next_batch(job, state)
             indices, values = tf.reshape(indices, [-1, self._columns]), tf.reshape(values, [-1, self._columns])
-            return status, after, (self._pull(indices, averaged), values, tf.reshape(labels, [-1, 1]), tf.zeros([0]))
+            needed = self._pulled(what, indices, values), values, tf.reshape(labels, [-1, 1]), tf.zeros([0])
+            return status, after, needed
 
         return read, [tf.TensorSpec((), tf.string)]
 
-    def _make_run(self, kind, weighted):
+    def _make_run(self, kind, weighted, what):
         """What a step needs to its results, float32: the loss, scores, and of training and tests labels and weights."""
 
         def run(pulled, values, labels, weights):
             given = weights if weighted else None
-            if kind == "train":
+            if what == SUMS:
+                scores, loss = self._train_sums(pulled, values, labels, given)
+            elif kind == "train":
                 scores, loss = self._train(pulled, values, labels, given)
             else:
                 scores, loss = self._forward(pulled, values, labels if kind == "test" else None, given, False)
             found = [scores] if kind == "predict" else [loss, scores, labels, weights]
             return tf.concat([tf.reshape(tf.cast(x, tf.float32), [-1]) for x in found], 0)
 
-        local = tf.int64 if self.tables[0].is_wide else tf.int32
-        pulled = (
-            tf.TensorSpec((None, self._columns), tf.int64),
-            tuple(tf.TensorSpec((None,), local) for _ in self.servers),
-            tuple(tf.TensorSpec((None, *table.columns), table.dtype) for table in self.tables),
-            tuple(tf.TensorSpec((None,), tf.int32) for _ in self.counts[:1]),
-        )
+        vectors = lambda dtype: tuple(tf.TensorSpec((None,), dtype) for _ in self.servers)  # noqa: E731
+        local = vectors(tf.int64 if self.is_wide else tf.int32)
+        if what == SUMS:
+            widths = self._source.embedding_dim, 1, int(self._source.use_linear)
+            answers = [tf.TensorSpec((None, width), tf.float32) for width in widths]
+            pulled = (vectors(tf.int32), local, vectors(tf.float32), *answers)
+        else:
+            pulled = (
+                tf.TensorSpec((None, self._columns), tf.int64),
+                local,
+                tuple(tf.TensorSpec((None, *table.columns), table.dtype) for table in self.tables),
+                tuple(tf.TensorSpec((None,), tf.int32) for _ in self.counts[:1]),
+            )
         return run, [pulled, *self._of_batch(weighted)[1:]]
+
+    @property
+    def is_wide(self):
+        """Whether the rows of a part are numbered by int64."""
+        return is_wide(len(self.servers), self.rows)
 
 
     def _make_both(self, get, run):

@@ -34,6 +34,7 @@ def rows_of_part(part, parts, rows):
 
 
 def is_wide(parts, rows):
+    """Whether the rows of a part need int64 to be numbered."""
     return rows_of_part(0, parts, rows) > np.iinfo(np.int32).max
 
 
@@ -69,11 +70,6 @@ class Table:
             made.row_counts = lambda part=part: row_counts(part)
             self.parts.append(made)
         self.fill(0)
-
-    @property
-    def is_wide(self):
-        """Whether the rows of a part are numbered by int64."""
-        return is_wide(len(self.parts), self.rows)
 
     def fill(self, first):
         """Gives the rows from one on, of the whole table, their initial values."""

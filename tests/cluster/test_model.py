@@ -80,3 +80,22 @@ def test_bits_of_one_process(parts, optimizer, number):
     for name, values in histories[1].items():
         np.testing.assert_allclose(histories[0][name], values, rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(sharded.predict((INDICES, VALUES)), single.predict((INDICES, VALUES), verbose=0))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("ones", [True, False])
+def test_sums_instead_of_rows(parts, monkeypatch, linear, ones):
+    extra = {"use_deep": False, "use_linear": linear, "feature_counts": COUNTS, "num_samples": 200}
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 3, **extra)
+    used = []
+    make = sharded._steps._make_pull
+    monkeypatch.setattr(sharded._steps, "_make_pull", lambda *options: used.append(options[-1]) or make(*options))
+    sharded.prefetch = False
+    values = np.ones_like(VALUES) if ones else VALUES
+    for model, more in ((sharded, {"in_flight": 2}), (single, {})):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, values), Y, B, epochs=2, verbose=0, **more)
+    assert set(used) == {"sums"}
+    a, b = everything(sharded.to_single()), everything(single)
+    for name, x in a.items():
+        np.testing.assert_allclose(x, b[name], rtol=2e-4, atol=2e-6, err_msg=name)
