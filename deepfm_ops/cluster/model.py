@@ -39,7 +39,7 @@ class ShardedDeepFM:
         *args: those of `DeepFM`.
         wire: what rows and their gradients are on the network: "float32", or "bfloat16", which takes half.
         prefetch: whether a worker fetches the rows of its next batch while it computes; they are a step older then.
-            None: where more than one step is in flight.
+            None: where several workers train.
         wait: seconds to wait for servers and workers to be there; None: as `serve_or_continue` was told.
         **kwargs: those of `DeepFM`. num_features may be more than one machine holds; embeddings_initializer must make
             each row for itself (None: `RowNormal(0.01, seed)`), and l2_scope be "batch".
@@ -157,7 +157,8 @@ class ShardedDeepFM:
             batch_size, epochs, verbose, callbacks, validation_split, shuffle, class_weight, initial_epoch: Keras's.
             validation_data: (x, y) or (x, y, sample_weight), or a stream.
             validation_batch_size, validation_freq: Keras's.
-            in_flight: steps at a time. None: as many as there are workers; with 1 the result follows from the seed.
+            in_flight: steps at a time. None: as many as there are workers. With 1, or one worker, the result follows
+                from the seed.
 
         Returns:
             keras.callbacks.History.
@@ -170,9 +171,9 @@ class ShardedDeepFM:
         if self.optimizer is None:
             raise ValueError("call compile first")
         x = x() if callable(x) and not isinstance(x, Stream) else x
-        in_flight = len(self.cluster.workers) if in_flight is None else in_flight
-        if in_flight < 1:
+        if in_flight is not None and in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
+        is_one = 1 in (in_flight, len(self.cluster.workers))
         if isinstance(x, Stream):
             others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
             refuse_beside_stream(**others, validation_split=validation_split or None)
@@ -185,11 +186,12 @@ class ShardedDeepFM:
             steps = -(-len(arrays[0]) // batch_size)
         feed, order = self._feed(x if arrays is None else arrays, batch_size, shuffle)
         weighted = arrays is not None and len(arrays) > 3
+        what = SUMS if not is_one and self._steps.can_sum else ROWS
         validation = None if validation_data is None else self._data(*_tuple(validation_data))
         callbacks = epochs_.callback_list(self, callbacks, 1 if verbose == "auto" else verbose, epochs, steps)
         self.stop_training, self._epoch, self._within = False, initial_epoch, False
         self._feeding, self._order, logs = feed, order, {}
-        prefetch = in_flight > 1 if self.prefetch is None else self.prefetch
+        prefetch = not is_one if self.prefetch is None else self.prefetch
         try:
             callbacks.on_train_begin()  # where a checkpoint is resumed
             first = self._epoch
@@ -203,7 +205,7 @@ class ShardedDeepFM:
                     self._steps.settle()
                     self._averages_are_shown = False
                 callbacks.on_epoch_begin(epoch)
-                logs = self._pass("train", feed, weighted, in_flight, prefetch, callbacks)
+                logs = self._pass("train", feed, weighted, what, in_flight, prefetch, callbacks)
                 self._epoch, self._within = epoch + 1, False
                 self._averages_are_shown = bool(self.optimizer.use_ema)
                 if validation is not None and (epoch + 1 - initial_epoch) % validation_freq == 0:
@@ -236,7 +238,7 @@ class ShardedDeepFM:
             if not len(arrays[0]):
                 return np.zeros((0, 1), np.float32)
             feed, _ = self._feed(arrays, batch_size or EVALUATED_ROWS, False)
-        found = {batch.number: scores for batch, scores in self._results("predict", feed, False)}
+        found = {batch.number: scores for batch, scores in self._results("predict", feed, False, AVERAGES)}
         return np.concatenate([found[number] for number in sorted(found)]).reshape(-1, 1)
 
     # Data.
@@ -291,21 +293,20 @@ class ShardedDeepFM:
 
     # Passes.
 
-    def _results(self, kind, feed, weighted, in_flight=None, prefetch=False):
+    def _results(self, kind, feed, weighted, what, in_flight=None, prefetch=False):
         """(Batch, results) of each step, see `Steps`."""
-        what = AVERAGES if kind != "train" else SUMS if in_flight > 1 and self._steps.can_sum else ROWS
         get = ("pull", weighted, what) if feed.job is None else ("read", feed.job, what)
         run = "run", kind, weighted, what
         functions = [self._steps.function(*name) for name in (get, run, *([("both", get, run)] if prefetch else []))]
-        in_flight = len(self.cluster.workers) if in_flight is None else in_flight
+        in_flight = 2 * len(self.cluster.workers) if in_flight is None else in_flight  # one done, and one waiting
         self._passing = Pass(self.cluster, feed, in_flight, *functions)
         yield from self._passing
 
-    def _pass(self, kind, feed, weighted, in_flight=None, prefetch=False, callbacks=None):
+    def _pass(self, kind, feed, weighted, what, in_flight=None, prefetch=False, callbacks=None):
         """Logs of a pass."""
         self.template.reset_metrics()
         step, logs = 0, {}
-        for _, results in self._results(kind, feed, weighted, in_flight, prefetch):
+        for _, results in self._results(kind, feed, weighted, what, in_flight, prefetch):
             loss, *columns = results[0], *results[1:].reshape(3 if weighted else 2, -1, 1)
             logs = self._counted(loss, *columns)
             if callbacks is not None:
@@ -322,7 +323,7 @@ class ShardedDeepFM:
 
     def _test(self, data, batch_size):
         feed, _ = self._feed(data, batch_size or EVALUATED_ROWS)
-        return self._pass("test", feed, not isinstance(data, Stream) and len(data) > 3)
+        return self._pass("test", feed, not isinstance(data, Stream) and len(data) > 3, AVERAGES)
 
     # What a checkpoint holds.
 

@@ -274,8 +274,7 @@ class Steps:
     def _of_part(self, part, local, weighted, splits):
         """What the op and its gradient have in common, of the pairs of a part; on its server."""
         handles = [table.parts[part].value.handle for table in self.tables]
-        ones = lambda: tf.ones(tf.shape(local), tf.float32)  # noqa: E731
-        values = tf.cond(tf.equal(tf.size(weighted), 0), ones, lambda: weighted)
+        values = tf.concat([weighted, tf.ones([tf.size(local) - tf.size(weighted)])], 0)  # none: they are ones
         return {
             "table": handles[0],
             "weights": handles[1:],

@@ -21,17 +21,17 @@ COUNTS = np.bincount(INDICES.reshape(-1), minlength=V)
 def parts(monkeypatch):
     """Sets how many parts the tables have, all of them here."""
 
-    def choose(number):
+    def choose(number, workers=1):
         chief = coordinator.Chief()
-        chief.servers = chief.servers * number
+        chief.servers, chief.workers = chief.servers * number, chief.workers * workers
         monkeypatch.setattr("deepfm_ops.cluster.model.connect", lambda wait: chief)
 
     return choose
 
 
-def pair(make, parts, number, **arguments):
+def pair(make, parts, number, workers=1, **arguments):
     """(a model in parts, one of this process, which start alike), compiled."""
-    parts(number)
+    parts(number, workers)
     arguments = {"num_features": V, "num_fields": P, "embedding_dim": 5, "hidden_units": (8,), "seed": 3, **arguments}
     sharded = cluster.ShardedDeepFM(**arguments)
     single = DeepFM(**arguments, embeddings_initializer=cluster.RowNormal(0.01, 3))
@@ -86,7 +86,7 @@ def test_bits_of_one_process(parts, optimizer, number):
 @pytest.mark.parametrize("ones", [True, False])
 def test_sums_instead_of_rows(parts, monkeypatch, linear, ones):
     extra = {"use_deep": False, "use_linear": linear, "feature_counts": COUNTS, "num_samples": 200}
-    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 3, **extra)
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 3, workers=2, **extra)
     used = []
     make = sharded._steps._make_pull
     monkeypatch.setattr(sharded._steps, "_make_pull", lambda *options: used.append(options[-1]) or make(*options))

@@ -1,0 +1,64 @@
+"""What the processes of `cluster.py` run: steps of a model, timed, and the bytes that they send.
+
+cluster_job.py '{"model": {...}, "batches": 20, ...}' OUT
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from deepfm_ops import cluster
+
+cluster.serve_or_continue(wait=300)
+
+import keras  # noqa: E402
+from zipf_stream import ZipfStream  # noqa: E402
+
+from deepfm_ops import DeepFM, optimizers  # noqa: E402
+
+
+def sent():
+    """Bytes that went out of each network interface of this namespace."""
+    lines = pathlib.Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines)
+
+
+class Clock(keras.callbacks.Callback):
+    """Times and bytes at the end of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.bytes = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seconds.append(time.perf_counter())
+        self.bytes.append(sent())
+
+
+def main():
+    job = json.loads(sys.argv[1])
+    sizes = job["model"]["num_features"], job["model"]["num_fields"]
+    found = []
+    for turn in job["turns"]:
+        model = cluster.ShardedDeepFM(**job["model"], wire=turn.get("wire", "float32"), prefetch=turn.get("prefetch"))
+        model.compile(optimizers.LazyAdam(1e-3))
+        clock = Clock()
+        stream = ZipfStream(*sizes, job["batch_size"], job["batches"])
+        model.fit(stream, verbose=0, callbacks=[clock], in_flight=turn.get("in_flight"))
+        found.append({"turn": turn, "seconds": clock.seconds, "bytes": clock.bytes})
+        del model
+    if job.get("local"):
+        model = DeepFM(**job["model"])
+        model.compile(optimizers.LazyAdam(1e-3), "binary_crossentropy", jit_compile=False)
+        clock, stream = Clock(), ZipfStream(*sizes, job["batch_size"], job["batches"])
+        batches = list(stream)
+        for number, (inputs, labels) in enumerate(batches):
+            model.train_on_batch(inputs, labels)
+            clock.on_train_batch_end(number)
+        found.append({"turn": "local", "seconds": clock.seconds, "bytes": clock.bytes})
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
