@@ -6,6 +6,7 @@ Names are loaded when first used: importing this imports no TensorFlow.
 import importlib
 
 _HOME = {
+    "Checkpoint": "checkpoints",
     "ClusterError": "config",
     "RowNormal": "initializers",
     "ShardedDeepFM": "model",

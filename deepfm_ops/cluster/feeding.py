@@ -55,6 +55,11 @@ class Arrays:
         self._next, self._back, self._taken, self._done = 0, [], {}, 0
 
     @property
+    def num_done(self):
+        """Batches of the pass that were done."""
+        return self._done
+
+    @property
     def is_finished(self):
         return self._done == len(self._starts)
 
@@ -122,11 +127,16 @@ class StreamParts:
         fresh = dict(start) if in_the_middle else {**start, "batch": 0, "rows": 0, "piece": 0, "chunk": 0, "row": 0}
         fresh["epoch"] = self._pass = self._epoch + epoch
         self._states = [{**fresh, "shard": [index + count * part, count * parts]} for part in range(parts)]
+        self._done = 0
         self._restart()
 
     def _restart(self):
         self._read = list(self._states)  # where each part is read from next; _states: up to where it was trained on
-        self._owners, self._open = {}, dict.fromkeys(range(len(self._states)), 0)
+        self._owners = {}
+
+    @property
+    def num_done(self):
+        return self._done
 
     @property
     def is_finished(self):
@@ -158,6 +168,7 @@ class StreamParts:
             if before["epoch"] > self._pass or before["batch"] > batch.number:
                 return False
             self._states[batch.part] = batch.state
+            self._done += 1
             return True
 
     def release(self, worker):
@@ -168,14 +179,14 @@ class StreamParts:
 
     def state(self):
         with self._lock:
-            return {"kind": self.kind, "pass": self._pass, "parts": list(self._states)}
+            return {"kind": self.kind, "pass": self._pass, "done": self._done, "parts": list(self._states)}
 
     def restore(self, state):
         known = {name: self._states[0][name] for name in ("files", "features", "batch_size", "shuffle", "seed")}
         for name, value in known.items():
             if state["parts"][0][name] != value:
                 raise ValueError(f"the checkpoint is of a stream with {name} {state['parts'][0][name]!r}, got {value!r}")
-        self._pass, self._states = state["pass"], list(state["parts"])
+        self._pass, self._done, self._states = state["pass"], state["done"], list(state["parts"])
         self._restart()
 
 

@@ -1,5 +1,6 @@
 """DeepFM whose tables are spread over parameter servers."""
 
+import contextlib
 import copy
 import inspect
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 from deepfm_ops import saved_model
 from deepfm_ops.cluster import feeding
+from deepfm_ops.cluster.config import ClusterError
 from deepfm_ops.cluster.coordinator import connect
 from deepfm_ops.cluster.initializers import RowNormal, rows_of
 from deepfm_ops.cluster.passes import Pass
@@ -84,7 +86,7 @@ class ShardedDeepFM:
             arguments["num_samples"],
             wire,
         )
-        self.stop_training, self.history = False, None
+        self.stop_training, self.history, self.step = False, None, 0
         self._feeding = None
         self._passing = None
         self._order = None
@@ -192,7 +194,7 @@ class ShardedDeepFM:
         self.stop_training, self._epoch, self._within = False, initial_epoch, False
         self._feeding, self._order, logs = feed, order, {}
         prefetch = not is_one if self.prefetch is None else self.prefetch
-        try:
+        with self._watched():
             callbacks.on_train_begin()  # where a checkpoint is resumed
             first = self._epoch
             for epoch in range(first, epochs):
@@ -204,6 +206,7 @@ class ShardedDeepFM:
                 if self._averages_are_shown:
                     self._steps.settle()
                     self._averages_are_shown = False
+                self.step = self._feeding.num_done
                 callbacks.on_epoch_begin(epoch)
                 logs = self._pass("train", feed, weighted, what, in_flight, prefetch, callbacks)
                 self._epoch, self._within = epoch + 1, False
@@ -215,16 +218,26 @@ class ShardedDeepFM:
                 if self.stop_training:
                     break
             callbacks.on_train_end(logs)
-        finally:
-            self._feeding = None
+        self._feeding = None
         return self.history
+
+    @contextlib.contextmanager
+    def _watched(self):
+        """Inside, an error that comes of the loss of a server is a ClusterError that says so."""
+        try:
+            yield
+        except (tf.errors.OpError, ClusterError) as error:
+            if not isinstance(error, tf.errors.InvalidArgumentError):
+                self.cluster.check(error)
+            raise
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, return_dict=False):
         """Loss and metrics, of averaged weights where there are some; as Keras's."""
         if self.optimizer is None:
             raise ValueError("call compile first")
         del verbose
-        logs = self._test(self._data(x, y, sample_weight), batch_size)
+        with self._watched():
+            logs = self._test(self._data(x, y, sample_weight), batch_size)
         return logs if return_dict else list(logs.values()) if len(logs) > 1 else next(iter(logs.values()))
 
     def predict(self, x, batch_size=None, verbose="auto"):
@@ -238,7 +251,8 @@ class ShardedDeepFM:
             if not len(arrays[0]):
                 return np.zeros((0, 1), np.float32)
             feed, _ = self._feed(arrays, batch_size or EVALUATED_ROWS, False)
-        found = {batch.number: scores for batch, scores in self._results("predict", feed, False, AVERAGES)}
+        with self._watched():
+            found = {batch.number: scores for batch, scores in self._results("predict", feed, False, AVERAGES)}
         return np.concatenate([found[number] for number in sorted(found)]).reshape(-1, 1)
 
     # Data.
@@ -305,14 +319,14 @@ class ShardedDeepFM:
     def _pass(self, kind, feed, weighted, what, in_flight=None, prefetch=False, callbacks=None):
         """Logs of a pass."""
         self.template.reset_metrics()
-        step, logs = 0, {}
+        logs = {}
         for _, results in self._results(kind, feed, weighted, what, in_flight, prefetch):
             loss, *columns = results[0], *results[1:].reshape(3 if weighted else 2, -1, 1)
             logs = self._counted(loss, *columns)
             if callbacks is not None:
-                callbacks.on_train_batch_begin(step)
-                callbacks.on_train_batch_end(step, dict(logs))
-            step += 1
+                callbacks.on_train_batch_begin(self.step)
+                self.step += 1
+                callbacks.on_train_batch_end(self.step - 1, dict(logs))
         return {name: float(value) for name, value in logs.items()}
 
     def _counted(self, loss, scores, labels, weights=None):
@@ -350,10 +364,10 @@ class ShardedDeepFM:
 
     def progress(self):
         """How far training is: a dict for JSON. Waits for the steps in flight."""
-        found = {"epoch": self._epoch, "averages_are_shown": self._averages_are_shown}
-        if self._within and self._passing is not None:
+        found = {"epoch": self._epoch, "step": 0, "averages_are_shown": self._averages_are_shown}
+        if self._within:
             self._passing.drain()
-            found["within"] = self._feeding.state()
+            found |= {"step": self._feeding.num_done, "within": self._feeding.state()}
         if self._order is not None:
             found["order_seed"] = self._order.seed
         return found
@@ -439,8 +453,7 @@ class ShardedDeepFM:
         samples = None if source.samples is None else source.samples.value
         given = self.dense_variables()
         for name, variable in _named(dense, state, parts, samples).items():
-            if variable.shape == given[name].shape:  # what marks averages that are shown is per variable, and there are none
-                variable.assign(given[name].numpy())
+            variable.assign(given[name].numpy())
         return single
 
     def resize(self, features):
@@ -488,6 +501,7 @@ def _named(dense, state, parts, samples):
         for name, of in slots.items():
             found |= {f"{v.path}/{name}": of[id(v)].value for v in dense if id(v) in of}
         known = {id(slot) for of in slots.values() for slot in of.values()}
+        known |= {id(getattr(part, name, None)) for name in ("_shown", "_shown_as")}  # averages never are, here
         found |= {f"optimizer_{number}/{v.name}": v.value for v in part.variables if id(v) not in known}
     return found
 

@@ -10,7 +10,6 @@ import tensorflow as tf
 from tensorflow.python.distribute.coordinator import coordinator_context
 
 from deepfm_ops.cluster import feeding
-from deepfm_ops.cluster.config import ClusterError
 
 CHIEF = "/job:chief/replica:0/task:0/device:CPU:0"
 POLL = 1.0  # seconds between two looks at whether the servers are there
@@ -41,8 +40,8 @@ class Pass:
         """(Batch, results) of every step; the batch was counted when it was done.
 
         Raises:
-            ClusterError: a server was lost.
             InvalidArgumentError: of a batch, which the text names.
+            ClusterError, OpError: a server was lost.
 
         """
         error = None
@@ -74,9 +73,8 @@ class Pass:
         if self._cluster.coordinator is None:
             self._work(0)
             return
-        with _lost():
-            # Not by its public name, which takes functions of a graph alone: this one says first what there is to do.
-            self._cluster.coordinator._cluster.schedule(self._on_worker, (), {})
+        # Not by its public name, which takes functions of a graph alone: this one says first what there is to do.
+        self._cluster.coordinator._cluster.schedule(self._on_worker, (), {})
 
     def _next(self):
         while True:
@@ -87,8 +85,7 @@ class Pass:
     def _look(self):
         self._cluster.check()
         if self._cluster.coordinator is not None:
-            with _lost():
-                self._cluster.coordinator.done()  # raises what a step could not be saved from
+            self._cluster.coordinator.done()  # raises what a step could not be saved from
 
     def _on_worker(self):
         """What the coordinator runs, in the thread of a worker; an error of TensorFlow's is that worker's loss."""
@@ -163,7 +160,8 @@ def plain(text):
     """TensorFlow's text of an error, without what it says of its graph."""
     found = re.search(r"([^\n]+)\n\s*\[\[\{\{node", text)
     line = found[1] if found else text.strip().split("\n")[0]
-    return line.split("}} ")[-1].split(" [Op:")[0].strip()
+    line = line.split("}} ")[-1].split(" [Op:")[0].strip()
+    return re.sub(r"^\(\d+\) [A-Z_]+:\s*", "", line)  # of several that were found
 
 
 class BatchError(Exception):
@@ -181,14 +179,3 @@ def _naming(batch):
         if any(strange in str(error) for strange in _STRANGER):
             raise
         raise BatchError(f"{batch.name}: {plain(str(error))}") from None
-
-
-@contextlib.contextmanager
-def _lost():
-    try:
-        yield
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        raise ClusterError(
-            "a parameter server was lost, and with it its part of the tables: start the job again, it goes on from the "
-            f"last checkpoint ({plain(str(error))[:200]})"
-        ) from None

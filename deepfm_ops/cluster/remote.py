@@ -4,9 +4,11 @@ TensorFlow's PyFunc op asks the process that runs it for the function of a token
 same package, so a token that is the function's name means the same in each of them.
 """
 
+import contextlib
 import functools
 
 import tensorflow as tf
+from tensorflow.python.eager import context, executor
 from tensorflow.python.ops import script_ops
 
 _functions = {}  # TensorFlow keeps weak references
@@ -36,3 +38,17 @@ def function(*dtypes):
         return op
 
     return decorate
+
+
+@contextlib.contextmanager
+def on(device):
+    """Ops in this block and thread run on a device, and their errors are their own.
+
+    Threads that share TensorFlow's executor, as they do else, may get the error of another one's op.
+    """
+    own = executor.new_executor(enable_async=False)
+    try:
+        with tf.device(device), context.executor_scope(own):
+            yield
+    finally:
+        own.clear_error()

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import _library
+from deepfm_ops.cluster import remote
 from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.placement import beside
 
@@ -39,9 +40,14 @@ def is_wide(parts, rows):
 
 
 def on_each(function, *arguments):
-    """[function(...)] of the arguments side by side, a thread each: servers work at the same time."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(arguments[0]))) as pool:
-        return list(pool.map(function, *arguments))
+    """[function(...)] of the arguments side by side, so that servers work at the same time."""
+
+    def alone(*some):
+        with remote.on(None):
+            return function(*some)
+
+    with concurrent.futures.ThreadPoolExecutor(min(64, max(1, len(arguments[0])))) as pool:
+        return list(pool.map(alone, *arguments))
 
 
 class Table:
@@ -79,13 +85,14 @@ class Table:
             variable = self.parts[part].value
             start = rows_of_part(part, count, first)
 
-            @tf.function(autograph=False, input_signature=[tf.TensorSpec((), tf.int64)] * 2)
             def chunk(start, stop):
                 with beside(variable):
                     local = tf.range(start, stop)
                     rows = rows_of(self.initializer, local * count + part, self.columns, self.dtype)
                     variable.scatter_update(tf.IndexedSlices(rows, local))
 
+            number = tf.TensorSpec((), tf.int64)
+            chunk = tf.function(chunk, autograph=False, input_signature=[number, number]).get_concrete_function()
             for begin in range(start, variable.shape[0], CHUNK):
                 chunk(tf.constant(begin, tf.int64), tf.constant(min(begin + CHUNK, variable.shape[0]), tf.int64))
 

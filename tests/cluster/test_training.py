@@ -12,15 +12,26 @@ SCRIPT = pathlib.Path(__file__).with_name("training.py")
 LIMIT = 200  # seconds, and only against hanging
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the chief of two servers and two workers found."""
-    out = tmp_path_factory.mktemp("cluster") / "found.json"
-    command = [sys.executable, "-m", "deepfm_ops.cluster", "launch", "--ps", "2", "--workers", "2", str(SCRIPT), str(out)]
+def launch(*arguments, servers=2, workers=2, restarts=0):
+    counts = ["--ps", str(servers), "--workers", str(workers), "--restarts", str(restarts)]
+    command = [sys.executable, "-m", "deepfm_ops.cluster", "launch", *counts, str(SCRIPT), *map(str, arguments)]
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "TF_NUM_INTRAOP_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=env)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return json.loads(out.read_text())
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the chief of two servers and two workers left what it found."""
+    folder = tmp_path_factory.mktemp("cluster")
+    code, log = launch("equal", folder)
+    assert code == 0, log[-5000:]
+    return folder
+
+
+@pytest.fixture
+def found(folder):
+    return json.loads((folder / "found.json").read_text())
 
 
 def test_the_bits_of_one_process(found):
@@ -40,3 +51,21 @@ def test_a_worker_is_killed_and_comes_back(found):
     assert found["batches"] <= found["steps"] <= found["batches"] + 2  # what the killed one was at may be done twice
     assert found["losses"][1] < found["losses"][0]
     assert found["is another"]
+
+
+def test_a_server_is_killed_and_the_job_starts_again(folder):
+    code, log = launch("server", folder, workers=1, restarts=1)
+    assert code == 0, log[-5000:]
+    assert "is lost, and its rows with it" in log
+    whole, killed = (json.loads((folder / f"{name}.json").read_text()) for name in ("whole", "server"))
+    assert killed == whole
+
+
+def test_the_chief_is_killed_and_the_job_starts_again_with_more_servers(folder):
+    code, log = launch("chief", folder, workers=1)
+    assert code != 0, log[-5000:]
+    assert (folder / "chief.killed").exists() and not (folder / "chief.json").exists()
+    code, log = launch("chief", folder, servers=3, workers=1)
+    assert code == 0, log[-5000:]
+    whole, killed = (json.loads((folder / f"{name}.json").read_text()) for name in ("whole", "chief"))
+    assert killed == whole | {"servers": 3}

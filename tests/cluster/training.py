@@ -1,5 +1,6 @@
 """What the processes of a cluster run in test_training.py; the chief writes what it found to a file, JSON."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -106,12 +107,33 @@ def stream(found, folder):
     found["is another"] = process_of("worker", 1) != before
 
 
+def resumed(folder, name, victims):
+    """Trains with checkpoints; the first time, the victims are killed in the middle of the second epoch."""
+    keras.utils.set_random_seed(1)
+    model = cluster.ShardedDeepFM(**ARGUMENTS)
+    model.compile(optimizers.LazyAdam(1e-2, use_ema=True))
+    callbacks = [cluster.Checkpoint(folder / name, every_steps=6)]
+    once = folder / f"{name}.killed"
+    if victims and not once.exists():
+        once.touch()
+        callbacks.append(At(N // B + 10, lambda: [kill(*victim) for victim in victims]))
+    model.fit((INDICES, VALUES), Y, B, epochs=3, verbose=0, callbacks=callbacks, in_flight=1)
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in bits(model))).hexdigest()
+    (folder / f"{name}.json").write_text(json.dumps({"servers": len(model.cluster.servers), "digest": digest}))
+
+
 def main():
-    out = pathlib.Path(sys.argv[1])
-    found = {}
-    equal(found)
-    stream(found, out.parent)
-    out.write_text(json.dumps(found))
+    kind, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    if kind == "equal":
+        found = {}
+        equal(found)
+        stream(found, folder)
+        resumed(folder, "whole", [])
+        (folder / "found.json").write_text(json.dumps(found))
+    elif kind == "server":
+        resumed(folder, "server", [("ps", 1)])
+    elif kind == "chief":
+        resumed(folder, "chief", [("chief", 0)])
 
 
 if __name__ == "__main__":

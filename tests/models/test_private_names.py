@@ -34,13 +34,16 @@ METHODS = [
 ]
 SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "Ftrl": ["_accumulators", "_linears"]}
 MODULES = [
+    ("tensorflow.python.eager.context", ["executor_scope"]),
     ("tensorflow.python.eager.execute", ["record_gradient"]),
+    ("tensorflow.python.eager.executor", ["new_executor"]),
     ("tensorflow.python.eager.forwardprop", ["_SPECIAL_CASES"]),
     ("tensorflow.python.eager.forwardprop_util", ["push_forwardprop_state"]),
     ("tensorflow.python.framework.auto_control_deps", ["register_acd_resource_resolver"]),
     ("tensorflow.python.framework.auto_control_deps_utils", ["register_read_only_resource_op"]),
     ("tensorflow.python.framework.func_graph", ["FuncGraph"]),
     ("tensorflow.python.ops.resource_variable_ops", ["variable_accessed", "variable_shape", "BaseResourceVariable"]),
+    ("tensorflow.python.ops.script_ops", ["_py_funcs"]),
     ("tensorflow.python.trackable.resource", ["CapturableResource"]),
     ("tensorflow.python.data.ops.batch_op", ["_BatchDataset"]),
     ("tensorflow.python.data.ops.from_tensor_slices_op", ["_TensorSliceDataset"]),
