@@ -23,6 +23,7 @@ LARGEST_MANIFEST = 1 << 28  # bytes; a vocabulary of ten million texts fits
 MOST_ENTRIES = 1 << 16
 DEEPEST = 16  # lists and objects within each other
 _ALIGNMENT = 64
+_BLOCK = 1 << 24  # bytes of an array that are written at a time
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,300}\.npy")
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00(..)"
@@ -30,6 +31,55 @@ _NPY = re.compile(
     rb"\((\d{1,15},|\d{1,15}, \d{1,15})\), \} *\n",
     re.DOTALL,
 )
+
+
+class Rows:
+    """An array that need not be in memory as a whole: it is written block by block.
+
+    Args:
+        shape: of the array, its rows first.
+        dtype: of the array.
+        chunks: a function without arguments that gives the blocks, NumPy arrays of consecutive rows from the first
+            row on, however many rows each has. It is called again for each pass over the rows.
+
+    """
+
+    def __init__(self, shape, dtype, chunks):
+        self.shape, self.dtype = tuple(int(size) for size in shape), np.dtype(dtype)
+        self.chunks = chunks
+
+    @classmethod
+    def of(cls, array):
+        """The rows of an array that is there; what has rows already as it is."""
+        if isinstance(array, cls):
+            return array
+        step = max(1, _BLOCK // max(1, array.nbytes // max(1, len(array))))
+        return cls(
+            array.shape, array.dtype, lambda: (array[start : start + step] for start in range(0, len(array), step))
+        )
+
+    def blocks(self):
+        """The blocks, C-contiguous and of the dtype. Raises ValueError for others than the shape says."""
+        seen = 0
+        for block in self.chunks():
+            block = np.ascontiguousarray(block, self.dtype)
+            seen += len(block)
+            if block.shape[1:] != self.shape[1:] or seen > self.shape[0]:
+                raise ValueError(f"a source of shape {self.shape} gave a block {block.shape} up to row {seen:,}")
+            yield block
+        if seen != self.shape[0]:
+            raise ValueError(f"a source of shape {self.shape} ended after {seen:,} rows")
+
+    def shard(self, index, count):
+        """Every `count`th row from row `index` on; a pass over them is one over all rows."""
+
+        def chunks():
+            start = 0
+            for block in self.blocks():
+                yield block[(index - start) % count :: count]
+                start += len(block)
+
+        return Rows((len(range(index, self.shape[0], count)), *self.shape[1:]), self.dtype, chunks)
 
 
 class Entry(NamedTuple):
@@ -42,13 +92,18 @@ class Entry(NamedTuple):
 
 def write_entry(archive, name, data, header=b""):
     """One entry whose data start at a multiple of the alignment."""
+    _write_entry(archive, name, [data], header)
+
+
+def _write_entry(archive, name, blocks, header):
     info = zipfile.ZipInfo(name)
     fixed = archive.fp.tell() + 30 + len(name.encode()) + 20  # the local header, with the block that zip64 adds
     padding = -(fixed + 4 + len(header)) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0xFFFF, padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=True) as entry:
         entry.write(header)
-        entry.write(data)
+        for block in blocks:
+            entry.write(block)
 
 
 def write_manifest(archive, manifest, largest=LARGEST_MANIFEST):
@@ -60,10 +115,12 @@ def write_manifest(archive, manifest, largest=LARGEST_MANIFEST):
 
 
 def write_array(archive, name, array):
-    header = io.BytesIO()
-    array = np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    write_entry(archive, f"{name}.npy", array.reshape(-1).view(np.uint8).data, header.getvalue())
+    """The entry of an array, or of `Rows`, which are asked for once."""
+    header, rows = io.BytesIO(), Rows.of(array)
+    descr = np.lib.format.dtype_to_descr(rows.dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": rows.shape})
+    blocks = (block.reshape(-1).view(np.uint8).data for block in rows.blocks())
+    _write_entry(archive, f"{name}.npy", blocks, header.getvalue())
 
 
 def seal(file, text):

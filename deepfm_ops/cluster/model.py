@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops import saved_model
-from deepfm_ops.cluster import feeding
+from deepfm_ops.cluster import exports, feeding
 from deepfm_ops.cluster.config import ClusterError
 from deepfm_ops.cluster.coordinator import connect
 from deepfm_ops.cluster.initializers import RowNormal, rows_of
@@ -74,7 +74,7 @@ class ShardedDeepFM:
         self.num_features = int(arguments["num_features"])
         counted = arguments["feature_counts"]
         counted = None if counted is None else counts.checked(counted, self.num_features)
-        self.features = arguments.pop("features")
+        self.features = copy.copy(arguments.pop("features"))  # another fit makes the caller's another dictionary
         self.wire, self.prefetch, self._arguments = wire, prefetch, arguments
         one_row = {**arguments, "num_features": 1, "feature_counts": None if counted is None else [1]}
         self.cluster = connect(wait)
@@ -176,20 +176,20 @@ class ShardedDeepFM:
         if in_flight is not None and in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         is_one = 1 in (in_flight, len(self.cluster.workers))
+        validation = None if validation_data is None else self._data(*_tuple(validation_data))
         if isinstance(x, Stream):
             others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
             refuse_beside_stream(**others, validation_split=validation_split or None)
             arrays, steps = None, None
         else:
             arrays = self._arrays(x, y, sample_weight, class_weight)
-            if validation_split and validation_data is None:
-                arrays, validation_data = epochs_.split(arrays, validation_split)
+            if validation_split and validation is None:
+                arrays, validation = epochs_.split(arrays, validation_split)
             batch_size = batch_size or recipe.batch_size(self.optimizer, len(arrays[0])) or 32
             steps = -(-len(arrays[0]) // batch_size)
         feed, order = self._feed(x if arrays is None else arrays, batch_size, shuffle)
         weighted = arrays is not None and len(arrays) > 3
         what = SUMS if not is_one and self._steps.can_sum else ROWS
-        validation = None if validation_data is None else self._data(*_tuple(validation_data))
         callbacks = epochs_.callback_list(self, callbacks, 1 if verbose == "auto" else verbose, epochs, steps)
         self.stop_training, self._epoch, self._within = False, initial_epoch, False
         self._feeding, self._order, logs = feed, order, {}
@@ -477,6 +477,25 @@ class ShardedDeepFM:
     def export(self, path, **options):
         """`deepfm_ops.export` of `to_single()`, which needs its memory."""
         saved_model.export(self.to_single(), path, **options)
+
+
+    def export_scorer(self, path, table="float32", *, features=None, shards=False):
+        """Writes the file of `deepfm_ops.scorer.Scorer`, of a table that no process holds.
+
+        Args:
+            path: of the file.
+            table: as for `deepfm_ops.export_scorer`.
+            features: likewise; None: the model's own.
+            shards: whether each server writes its rows by itself, to a file beside `path`, in a folder that all share.
+                Else the rows pass through the chief, some at a time.
+
+        Raises:
+            ValueError: as `deepfm_ops.export_scorer`.
+            ClusterError: a server was lost, or does not share the folder.
+
+        """
+        with self._watched():
+            exports.export(self._steps, path, table, self.features if features is None else features, shards)
 
 
 def _slots(part):

@@ -10,7 +10,7 @@ import time
 
 from deepfm_ops.cluster.config import ClusterError, answers, listening, read
 
-REMOTE = ("deepfm_ops.cluster.handshake", "deepfm_ops.cluster.feeding", "deepfm_ops.cluster.storage")  # the modules whose functions other processes may run here
+REMOTE = ("deepfm_ops.cluster.handshake", "deepfm_ops.cluster.exports", "deepfm_ops.cluster.feeding", "deepfm_ops.cluster.storage")  # the modules whose functions other processes may run here
 GONE = 8.0  # seconds without an answer after which a chief that was there is taken for dead
 WAIT = 600.0
 

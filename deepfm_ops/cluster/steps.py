@@ -33,7 +33,7 @@ class Steps:
         wire: dtype of rows and gradients on the network.
 
     Attributes:
-        template: that model.
+        template: that model, and its layer that owns the tables.
         tables: `Table` of each table.
         dense: the other trainable weights.
         state: weights that steps set, of batch normalization and dropout.
@@ -46,7 +46,7 @@ class Steps:
         self.servers, self.rows, self.wire = servers, rows, wire
         with _spread(servers):
             self.template = make()
-        self._source, self.dense, self.state = parts_of(self.template)
+        self.source, self.dense, self.state = parts_of(self.template)
         self.counts, self.samples = [], None
         if counted is not None:
             parts = len(servers)
@@ -55,7 +55,7 @@ class Steps:
             self.samples = _variable(servers[0], np.array([0, known]))
         self.tables = [
             Table(variable, initializer, servers, rows, self._row_counts)
-            for variable, initializer in self._source.tables()
+            for variable, initializer in self.source.tables()
         ]
         self.optimizer, self.parts = None, ()
         self._functions = {}
@@ -184,7 +184,7 @@ class Steps:
         scope = keras.StatelessScope(collect_losses=True)
         instead = {id(table.variable): some for table, some in zip(self.tables, rows, strict=True)}
         if counted:
-            instead |= {id(self._source.feature_counts): counted[0], id(self._source.samples): self.samples + 0}
+            instead |= {id(self.source.feature_counts): counted[0], id(self.source.samples): self.samples + 0}
         if not training:
             for variable in self.dense:
                 with beside(variable):
@@ -235,7 +235,7 @@ class Steps:
     def can_sum(self):
         """Whether sums can stand for rows, and are less: [B, 2K + 1] numbers of each server, instead of the rows."""
         plan, clips = self.template.plan, [getattr(part, name) for part in self.parts for name in _CLIPS]
-        is_fm = bool(plan.second_order) and plan.deep is None and set(self._source.field_sizes) == {1}
+        is_fm = bool(plan.second_order) and plan.deep is None and set(self.source.field_sizes) == {1}
         return is_fm and len(self.servers) <= MOST_SUMS and not any(clips)
 
     def _pull_sums(self, indices, values):
@@ -259,12 +259,12 @@ class Steps:
                     **self._of_part(part, local[part], weighted[part], splits[part]),
                     counts=[],
                     priors=[],
-                    Tacc=self._source.compute_dtype,
+                    Tacc=self.source.compute_dtype,
                     return_embeddings=False,
                 )
                 square = tf.reduce_sum(mine * mine, 1, keepdims=True) - 2 * found  # of the pairs' rows, added up
-                answer = tf.concat([mine, square, *([first] if self._source.use_linear else [])], 1)
-            width = self._source.embedding_dim
+                answer = tf.concat([mine, square, *([first] if self.source.use_linear else [])], 1)
+            width = self.source.embedding_dim
             sums += answer[:, :width]
             squares += answer[:, width : width + 1]
             linear += answer[:, width + 1 :]
@@ -281,8 +281,8 @@ class Steps:
             "indices": local,
             "values": [tf.ensure_shape(values, [None])],
             "row_splits": [tf.cast(splits, tf.int64)],
-            "l2": self._source.l2,
-            "l2_linear": self._source.l2_linear,
+            "l2": self.source.l2,
+            "l2_linear": self.source.l2_linear,
             "output": "scalar",
             "field_splits": [],
             "T": self.tables[0].dtype,
@@ -290,7 +290,7 @@ class Steps:
 
     def _train_sums(self, pulled, values, labels, weights):
         splits, local, weighted, sums, second, linear = pulled
-        orders = [linear, second] if self._source.use_linear else [second]
+        orders = [linear, second] if self.source.use_linear else [second]
         with tf.GradientTape() as tape:
             tape.watch(orders)
             scores = self.template.plan.head(orders)
@@ -298,7 +298,7 @@ class Steps:
         found = tape.gradient(loss, [*orders, *(v.value for v in self.dense)])
         *of_linear, of_second = found[: len(orders)]
         message = tf.concat([sums, of_second, *of_linear], 1)
-        penalty, source = None, self._source
+        penalty, source = None, self.source
         if self.counts:
             scope = keras.StatelessScope()
             scope.state_mapping[id(source.samples)] = self.samples + 0
@@ -388,7 +388,7 @@ class Steps:
         vectors = lambda dtype: tuple(tf.TensorSpec((None,), dtype) for _ in self.servers)  # noqa: E731
         local = vectors(tf.int64 if self.is_wide else tf.int32)
         if what == SUMS:
-            widths = self._source.embedding_dim, 1, int(self._source.use_linear)
+            widths = self.source.embedding_dim, 1, int(self.source.use_linear)
             answers = [tf.TensorSpec((None, width), tf.float32) for width in widths]
             pulled = (vectors(tf.int32), local, vectors(tf.float32), *answers)
         else:

@@ -501,8 +501,8 @@ def _is_alike(layer, clone):
     return clone is layer or (type(clone) is type(layer) and clone.get_config() == layer.get_config())
 
 
-def fitting(model, features):
-    """The dictionary, if the model's matrices are its."""
+def fitting(model, features, num_features=None):
+    """The dictionary, if the model's matrices are its; `num_features` of a model whose rows are elsewhere."""
     shapes = [tuple(x.shape[1:]) for x in model.inputs]
     if not features.fields:
         raise ValueError("features must be fitted")
@@ -512,10 +512,9 @@ def fitting(model, features):
         )
     if isinstance(model, ConfiguredModel):
         table = model.plan.tables[0]
-        if table.source.num_features != features.num_features:
-            raise ValueError(
-                f"features number {features.num_features} features, but the model has {table.source.num_features}"
-            )
+        num_features = table.source.num_features if num_features is None else num_features
+        if num_features != features.num_features:
+            raise ValueError(f"features number {features.num_features} features, but the model has {num_features}")
         if table.field_sizes != features.field_sizes:
             raise ValueError(f"features have field_sizes {features.field_sizes}, but the model has {table.field_sizes}")
     return features

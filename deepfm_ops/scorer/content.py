@@ -47,7 +47,7 @@ def checked(manifest, arrays, activations):
 
     Args:
         manifest: what JSON gave.
-        arrays: {name: array}.
+        arrays: {name: array, or `rows.Sharded` for a table}.
         activations: names of those that there are.
 
     Raises:

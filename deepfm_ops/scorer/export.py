@@ -3,16 +3,17 @@
 import keras
 import numpy as np
 
+from deepfm_ops.container import Rows
 from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import DenseFeat
 from deepfm_ops.models.base import ConfiguredModel, fitting
 from deepfm_ops.scorer import file
 from deepfm_ops.scorer.content import TABLES
-from deepfm_ops.scorer.rows import bfloat16, quantized
+from deepfm_ops.scorer.rows import quantized, stored
 from deepfm_ops.scorer.scoring import ACTIVATIONS
 
 
-def export_scorer(model, path, table="float32", *, features=None):
+def export_scorer(model, path, table="float32", *, features=None, shards=None):
     """Writes the file of `deepfm_ops.scorer.Scorer`, replacing what is at `path` whole or not at all.
 
     Args:
@@ -24,19 +25,90 @@ def export_scorer(model, path, table="float32", *, features=None):
             most of a small model's file; they are float32 again once they are loaded.
         features: the FeatureDictionary of a model over matrices: the scorer then takes raw features too. None: the
             model's own, if it has one.
+        shards: how many files beside it hold the tables, row r in shard r % shards; they are called after `path`, and
+            those of the file that was there are removed. None: the file holds them itself.
 
     Raises:
         TypeError: a model that is none of these.
-        ValueError: an activation or a transform_fn that the scorer does not have, a dictionary that does not fit, or
-            rows that int8 cannot hold.
+        ValueError: an activation or a transform_fn that the scorer does not have, a dictionary that does not fit, rows
+            that int8 cannot hold, or a number of shards that cannot be.
 
     """
     if not isinstance(model, ConfiguredModel):
         raise TypeError(f"model must be a deepfm_ops.DeepFM, got {type(model).__name__}")
     model.show_averages()
+    write_scorer(model, path, table, features, shards=shards)
+
+
+def write_scorer(model, path, table="float32", features=None, rows=None, shards=None):
+    """What `export_scorer` does, also for a model whose table no process holds.
+
+    Args:
+        model: a DeepFM; with `rows`, over matrices, and any number of rows.
+        path: of the file.
+        table: as for `export_scorer`.
+        features: as for `export_scorer`.
+        rows: {"embeddings": [V, K], "w": [V, 1]}, those of them that the model has, arrays or `container.Rows`, in
+            place of the model's own. They are read once, or once for each shard, block by block.
+        shards: as for `export_scorer`.
+
+    Raises:
+        ValueError: what `export_scorer` raises, or rows that are not those of such a model.
+
+    """
+    if shards is not None and not (type(shards) is int and 1 <= shards <= file.MOST_SHARDS):
+        raise ValueError(f"shards must be None or an integer from 1 to {file.MOST_SHARDS:,}, got {shards!r}")
+    num_features, sources = None, _sources(model.plan)
+    if rows is not None:
+        num_features, sources = _replaced(model.plan, sources, rows)
+    manifest, arrays = described(model, table, features, num_features)
+    sources = {
+        name: [None if x is None else Rows.of(x if rows else _array(x)) for x in parts]
+        for name, parts in sources.items()
+    }
+
+    def tables(index, count):
+        found = {}
+        for name, parts in sources.items():
+            parts = [None if x is None else x.shard(index, count) for x in parts]
+            found |= stored(name, *parts, table, index, count)
+        return found
+
+    if shards is None:
+        file.write(path, manifest, arrays | tables(0, 1))
+        return
+    digests = []
+    try:
+        for index in range(shards):
+            digests.append(file.write_shard(path, index, shards, tables(index, shards)))
+        file.write(path, manifest, arrays, digests)
+    except BaseException:
+        file.discard_shards(path, shards, digests)
+        raise
+
+
+def write_main(model, path, digests, table="float32", features=None, num_features=None):
+    """Writes the file whose shards are there, and makes it the one at `path`.
+
+    Args:
+        model: a DeepFM, of whose tables only names and widths are read.
+        path: of the file.
+        digests: what `file.write_shard` returned for each shard, by index, for the arrays that
+            `rows.stored(part.source.name, ...)` made of each `part` of `model.plan.tables`.
+        table: as for `export_scorer`, and as for `rows.stored`.
+        features: as for `export_scorer`.
+        num_features: V of a model over matrices, if its own table has another number of rows.
+
+    """
+    manifest, arrays = described(model, table, features, num_features)
+    file.write(path, manifest, arrays, digests)
+
+
+def described(model, table, features=None, num_features=None):
+    """(manifest, arrays) of a model without its tables; the arguments are those of `write_main`."""
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
-    features = getattr(model, "features", None) if features is None else fitting(model, features)
+    features = getattr(model, "features", None) if features is None else fitting(model, features, num_features)
     plan, arrays = model.plan, {}
     known = isinstance(plan.activation, str) and plan.activation in ACTIVATIONS
     if plan.hidden and not known:
@@ -49,10 +121,11 @@ def export_scorer(model, path, table="float32", *, features=None):
         if getattr(plan, name) is not None:
             arrays[name] = _kernel(getattr(plan, name))
     arrays["bias"] = _array(plan.head.bias)
+    names = {name: stored(name, *parts, table) for name, parts in _sources(plan).items()}
     content = {
         "encoders": [_plain(columns) for columns in plan.encoders],
-        "first_orders": [_table(part, arrays, table) for part in plan.first_orders],
-        "lookups": [_table(part, arrays, table) for part in plan.lookups],
+        "first_orders": [_table(part, names) for part in plan.first_orders],
+        "lookups": [_table(part, names) for part in plan.lookups],
         "second_order": plan.second_order,
         "linear_dense": _names(plan.linear_dense),
         "deep_dense": _names(plan.deep_dense),
@@ -69,19 +142,44 @@ def export_scorer(model, path, table="float32", *, features=None):
     if "bfloat16" in kinds.values():
         raise ValueError("the scorer has no inputs of bfloat16; give the DenseFeat another dtype")
     matrix = plan.inputs is None
+    if matrix and num_features is None:
+        num_features = plan.tables[0].source.num_features
     info = {
         "task": plan.task,
         "table": table,
         "inputs": inputs,
         "kinds": kinds,
-        "num_features": plan.tables[0].source.num_features if matrix else None,
+        "num_features": num_features,
         "num_columns": sum(plan.tables[0].field_sizes) if matrix else None,
     }
     manifest = {"info": info, "plan": content, "features": None}
     if features is not None:
         manifest["features"], vocabulary = features.state(texts=False)
         arrays |= {f"features_{name}": array for name, array in vocabulary.items()}
-    file.write(path, manifest, arrays)
+    return manifest, arrays
+
+
+def _replaced(plan, sources, rows):
+    """(V, sources) with other rows, which must be of the widths that the model's own have."""
+    if plan.inputs is not None:
+        raise ValueError("rows are for a model over matrices, this one is of feature columns")
+    ((name, own),) = sources.items()
+    rows = {"embeddings": None, "w": None} | rows
+    width = lambda x: None if x is None else x.shape[1]  # noqa: E731
+    want = dict(zip(("embeddings", "w"), map(width, own), strict=True))
+    got = {key: width(x) for key, x in rows.items()}
+    if got != want:
+        raise ValueError(f"rows must have the columns {want}, got {got}")
+    (num_features, *others) = {x.shape[0] for x in rows.values() if x is not None}
+    if others:
+        raise ValueError(f"embeddings and w must have equally many rows, got {num_features} and {others[0]}")
+    return num_features, {name: [rows["embeddings"], rows["w"]]}
+
+
+def _sources(plan):
+    """{name: (embeddings or None, first-order weights or None)} of the plan's tables, Keras's variables."""
+    sources = [part.source for part in plan.tables]
+    return {source.name: (getattr(source, "embeddings", None), source.w) for source in sources}
 
 
 def _array(variable):
@@ -118,24 +216,12 @@ def _refuse_transform(column):
         )
 
 
-def _table(part, arrays, kind):
-    """The manifest of a table; its rows go to `arrays`."""
-    rows, weights = getattr(part.source, "embeddings", None), part.source.w
-    if rows is None:  # a first order alone is a table of one column
-        rows, weights = weights, None
+def _table(part, names):
+    """The manifest of a table."""
     name = part.source.name
-    found = {"table": f"{name}_rows", "weights": None, "encoder": part.encoder, "spans": part.spans}
-    found["field_sizes"] = part.field_sizes
-    rows, weights = _array(rows), None if weights is None else _array(weights)
-    if kind == "int8" and rows.shape[1] > 1:
-        arrays[found["table"]] = quantized(rows, weights)
-        return found
-    narrow = (lambda x: x) if kind == "float32" else bfloat16
-    arrays[found["table"]] = narrow(rows)
-    if weights is not None:
-        found["weights"] = f"{name}_weights"
-        arrays[found["weights"]] = narrow(weights)
-    return found
+    weights = f"{name}_weights" if f"{name}_weights" in names[name] else None
+    found = {"table": f"{name}_rows", "weights": weights, "encoder": part.encoder, "spans": part.spans}
+    return found | {"field_sizes": part.field_sizes}
 
 
 def _folded(layer, norm):

@@ -1,6 +1,7 @@
 """The scores of a scorer's file, by the kernels and NumPy."""
 
 import contextlib
+import copy
 import math
 import warnings
 
@@ -12,7 +13,7 @@ from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.tables import is_table
 from deepfm_ops.scorer import content, file
 from deepfm_ops.scorer.file import ScorerFileError
-from deepfm_ops.scorer.rows import decoded
+from deepfm_ops.scorer.rows import Sharded, decoded, gathered
 
 try:
     from deepfm_ops import kernels
@@ -62,7 +63,7 @@ class Scorer:
         info: dict: "task", "table" ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or
             "matrices"), "kinds" (by name of a raw input: "categorical", "numeric", "multivalued"; for columns
             "string", "int64" or a float dtype), "num_features" and "num_columns" (V and P of the matrices, or
-            None).
+            None), "shards" (how many files beside it hold the tables; None: it holds them).
 
     Example:
         >>> import numpy as np, tempfile, deepfm_ops
@@ -88,12 +89,14 @@ class Scorer:
         """Opens a file that `deepfm_ops.export_scorer` wrote, and checks all of it.
 
         Args:
-            path: of the file. Replace it as a whole (as export_scorer does), never write into it.
+            path: of the file; its shards, if it has them, lie beside it. Replace it as a whole (as export_scorer
+                does), never write into it.
             threads: that one call may use in the kernels.
 
         Raises:
             FileNotFoundError: no such file.
-            ScorerFileError: the file is damaged, of a newer format, or not a scorer's.
+            ScorerFileError: the file is damaged, of a newer format, or not a scorer's, or a shard of it is damaged, of
+                another export, or not there.
 
         """
         return cls(path, threads)
@@ -241,15 +244,44 @@ class _Lookup:
         return np.concatenate(parts, axis=1)
 
 
+class _ShardedLookup(_Lookup):
+    """One table in shards: the kernel sees the rows of the batch, and where each is among them."""
+
+    def __init__(self, plan, arrays, threads):
+        super().__init__(plan, arrays, threads)
+        self.sharded = [self.table] if self.weights is None else [self.table, self.weights]
+        if not all(isinstance(table, Sharded) for table in self.sharded):
+            raise ValueError(f"table {plan['table']!r:.100} and its weights are not in the same files")
+
+    def __call__(self, indices, values, *args, **options):
+        rows = self.table.shape[0]
+        wrong = (indices < 0) | (indices >= rows)
+        any_wrong = wrong.any()
+        found, positions = gathered(self.sharded, np.where(wrong, 0, indices) if any_wrong else indices)
+        here = copy.copy(self)
+        here.table, here.weights = found[0], found[1] if len(found) == 2 else None
+        result = super(_ShardedLookup, here).__call__(positions, values, *args, **options)
+        if any_wrong:  # said after whatever else is wrong, as the kernel does
+            place = np.unravel_index(np.argmax(wrong), wrong.shape)
+            raise IndexError(f"indices[{','.join(map(str, place))}] = {indices[place]} is not in [0, {rows})")
+        return result
+
+
+def _lookup(plan, arrays, threads):
+    kind = _ShardedLookup if isinstance(arrays[plan["table"]], Sharded) else _Lookup
+    return kind(plan, arrays, threads)
+
+
 class _Model:
     """What one file says, ready to score. Never changed after it was read, but for what was warned of."""
 
     def __init__(self, manifest, arrays, digest, threads):
         self.encoders, self.features = content.checked(manifest, arrays, ACTIVATIONS)
         self.warned, plan = set(), manifest["plan"]
-        self.digest, self.info = digest, manifest["info"]
-        self.first_orders = [_Lookup(part, arrays, threads) for part in plan["first_orders"]]
-        self.lookups = [_Lookup(part, arrays, threads) for part in plan["lookups"]]
+        self.digest, shards = digest, manifest.get("shards")
+        self.info = manifest["info"] | {"shards": len(shards["digests"]) if shards else None}
+        self.first_orders = [_lookup(part, arrays, threads) for part in plan["first_orders"]]
+        self.lookups = [_lookup(part, arrays, threads) for part in plan["lookups"]]
         self.second_order = plan["second_order"]
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))

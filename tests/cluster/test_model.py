@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deepfm_ops import DeepFM, cluster, optimizers
+from deepfm_ops import DeepFM, cluster, export_scorer, optimizers
 from deepfm_ops.cluster import coordinator
 from deepfm_ops.features.dictionary import FeatureDictionary
+from deepfm_ops.scorer import Scorer
 
 V, P, B = 300, 4, 32
 RNG = np.random.default_rng(0)
@@ -99,3 +100,95 @@ def test_sums_instead_of_rows(parts, monkeypatch, linear, ones):
     a, b = everything(sharded.to_single()), everything(single)
     for name, x in a.items():
         np.testing.assert_allclose(x, b[name], rtol=2e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("table", ["float32", "int8"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_scorer_of_parts(parts, tmp_path, table, shards):
+    sharded, single = pair(lambda: None, parts, 3, feature_counts=COUNTS, num_samples=200)
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, VALUES), Y, B, verbose=0)
+    sharded.export_scorer(tmp_path / "parts.scorer", table, shards=shards)
+    export_scorer(single, tmp_path / "one.scorer", table)
+    found, wanted = (Scorer.load(tmp_path / name).score(INDICES, VALUES) for name in ("parts.scorer", "one.scorer"))
+    np.testing.assert_array_equal(found, wanted)
+    assert len(list(tmp_path.iterdir())) == (5 if shards else 2)
+
+
+def test_resize(parts):
+    table = {"a": ["x", "y", "z", "x"], "label": [1, 0, 1, 0]}
+    features = FeatureDictionary().fit(table, categorical=["a"], label="label")
+    parts(3)
+    sharded = cluster.ShardedDeepFM.from_features(features, embedding_dim=4, hidden_units=(8,), seed=3)
+    single = DeepFM.from_features(
+        features, embedding_dim=4, hidden_units=(8,), seed=3, embeddings_initializer=cluster.RowNormal(0.01, 3)
+    )
+    for model in (sharded, single):
+        model.compile(optimizers.Adagrad(0.1))
+        inputs = features.transform(table)
+        model.fit(inputs, np.array(table["label"]), 2, shuffle=False, verbose=0)
+    features.update({"a": ["p", "q", "r", "s"], "label": [0, 0, 1, 1]})
+    for model in (sharded, single):
+        model.resize(features)
+        inputs = features.transform({"a": ["x", "p", "s", "q"]})
+        model.fit(inputs, np.array([1, 0, 1, 1]), 2, shuffle=False, verbose=0)
+    assert_equal(sharded, single)
+
+
+def test_early_stopping_restores_the_best_weights(parts):
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.3), parts, 2)
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+        valid = (INDICES[150:], VALUES[150:]), Y[150:]
+        history = model.fit(
+            (INDICES[:150], VALUES[:150]), Y[:150], B, epochs=9, verbose=0, validation_data=valid, callbacks=[stop]
+        )
+        assert len(history.epoch) < 9
+    assert_equal(sharded, single)
+
+
+def test_weights_of_samples_and_classes(parts):
+    weights = RNG.random(len(Y)).astype("float32")
+    for more in ({"sample_weight": weights}, {"class_weight": {0: 1.0, 1: 3.0}}, {"validation_split": 0.2}):
+        sharded, single = pair(lambda: optimizers.SGD(0.1), parts, 2)
+        for model in (sharded, single):
+            keras.utils.set_random_seed(1)
+            model.fit((INDICES, VALUES), Y, B, verbose=0, **more)
+        assert_equal(sharded, single)
+
+
+def test_bad_arguments(parts):
+    parts(2)
+    sizes = {"num_features": V, "num_fields": P}
+    for arguments, text in (
+        ({"wire": "float16"}, "wire must be one of float32, bfloat16, got 'float16'"),
+        ({"l2_scope": "table"}, "l2_scope must be 'batch'"),
+        ({"backend": "reference"}, "parameter servers run the native ops"),
+        ({"embeddings_initializer": "glorot_uniform"}, "each row for itself"),
+        ({"num_fields": 0}, "num_fields"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            cluster.ShardedDeepFM(**{**sizes, **arguments})
+    model = cluster.ShardedDeepFM(**sizes, embedding_dim=2, hidden_units=(3,))
+    with pytest.raises(ValueError, match="call compile first"):
+        model.fit((INDICES, VALUES), Y)
+    for optimizer, text in (
+        (keras.optimizers.Adam(), "got Adam of Keras: use LazyAdam"),
+        (optimizers.SGD(0.1, momentum=0.9), "momentum"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.compile(optimizer)
+    model.compile()
+    for arguments, error, text in (
+        ({"x": INDICES, "y": Y}, ValueError, r"x must be \(indices, values\)"),
+        ({"x": (INDICES[:, :2], VALUES), "y": Y}, ValueError, r"indices must have shape \(200, 4\), got \(200, 2\)"),
+        ({"x": (INDICES, VALUES), "y": Y[:5]}, ValueError, "y must have 200 samples, as x has, got 5"),
+        ({"x": (INDICES, VALUES), "y": Y + 3}, ValueError, r"labels\[0\]"),
+        ({"x": (INDICES.astype(float), VALUES), "y": Y}, TypeError, "indices must be int32 or int64"),
+        ({"x": (INDICES + 100, VALUES), "y": Y, "shuffle": False}, tf.errors.InvalidArgumentError, "^batch 0: indices"),
+        ({"x": (INDICES, VALUES), "y": Y, "in_flight": 0}, ValueError, "in_flight must be at least 1"),
+    ):
+        with pytest.raises(error, match=text):
+            model.fit(**arguments, verbose=0)

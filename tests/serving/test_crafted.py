@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import shutil
 import struct
 import tracemalloc
 import zipfile
@@ -26,9 +27,21 @@ TABLE |= {"city": ["Rome", "Oslo", "Bern"], "income": [1.0, 5, 9]}
 
 
 def sealed(path, content, version=scorer_file.FORMAT):
-    """Writes a zip's bytes as a scorer's file, whatever they are, with the checksum that they have."""
-    comment = f"deepfm_ops scorer {version} sha256 {scorer_file._digest(content[:-2])}".encode()
+    """Writes a zip's bytes as a scorer's file, whatever they are, with the digest that they have, and returns it."""
+    digest = scorer_file._digest(content[:-2])
+    comment = f"deepfm_ops scorer {version} sha256 {digest}".encode()
     path.write_bytes(content[:-2] + struct.pack("<H", len(comment)) + comment)
+    return digest
+
+
+def sealed_shards(path, manifest, arrays, shards):
+    """Writes a file and its shards, each (manifest, arrays), that name each other rightly."""
+    digests = []
+    for index, shard in enumerate(shards):
+        digests.append(sealed(path.with_name("draft"), packed(*shard), scorer_file.NEWEST))
+        path.with_name("draft").rename(scorer_file.shard_path(path, index, len(shards), digests[-1]))
+    named = {**manifest, "shards": {"name": path.name, "digests": digests}}
+    sealed(path, packed(named, arrays), scorer_file.NEWEST)
 
 
 @pytest.fixture(scope="module", name="files")
@@ -60,11 +73,13 @@ def _files(tmp_path_factory):
     deepfm_ops.export_scorer(deep, folder / "int8", "int8", features=features)
     deepfm_ops.export_scorer(grouped, folder / "columns")
     deepfm_ops.export_scorer(DeepFM(20, 3, 4, use_deep=False), folder / "fm", "bfloat16")
+    deepfm_ops.export_scorer(DeepFM(20, 3, 4, (5,)), folder / "shards", shards=3)
     return {
         "features": (folder / "features", TABLE),
         "int8": (folder / "int8", TABLE),
         "columns": (folder / "columns", inputs),
         "fm": (folder / "fm", indices),
+        "shards": (folder / "shards", indices),
     }
 
 
@@ -93,12 +108,22 @@ def survives(path, scored):
     return True
 
 
-@pytest.fixture(name="parts", params=["features", "int8", "columns", "fm"])
-def _parts(request, files):
-    """(kind, what is scored, manifest, arrays) of a file that is good."""
+@pytest.fixture(name="parts", params=["features", "int8", "columns", "fm", "shards"])
+def _parts(request, files, tmp_path):
+    """(kind, what is scored, manifest, arrays) of a file that is good; its shards lie in `tmp_path`."""
     source, scored = files[request.param]
-    manifest, arrays, _ = scorer_file.read(source)
+    manifest, arrays, _ = scorer_file.read_alone(source, source)
+    for shard in source.parent.glob(f"{source.name}-*"):
+        shutil.copy(shard, tmp_path)
     return request.param, scored, manifest, arrays
+
+
+@pytest.fixture(name="sharded")
+def _sharded(files):
+    """(manifest, arrays, [(manifest, arrays) of each shard])."""
+    path = files["shards"][0]
+    main, *shards = [scorer_file.read_alone(x, x)[:2] for x in (path, *sorted(path.parent.glob("shards-*")))]
+    return *main, shards
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:column")
@@ -132,6 +157,93 @@ def test_every_array_changed(parts, tmp_path):
             mutant = {**arrays, name: other} if other is not None else {k: arrays[k] for k in arrays if k != name}
             sealed(tmp_path / "m", packed(manifest, mutant))
             survives(tmp_path / "m", scored)
+
+
+def test_every_value_and_array_of_a_shard_changed(sharded, files, tmp_path):
+    """Shards that their file names rightly, by digests that are right."""
+    manifest, arrays, shards = sharded
+    inner, held = shards[1]
+    mutants = [(mutant, held) for _, _, mutant in mutations(inner)]
+    for name, array in held.items():
+        others = [(key, change(array)) for key, change in ARRAYS.items()]
+        mutants += [(inner, {**held, name: other}) for _, other in others if other is not None]
+        mutants.append((inner, {key: held[key] for key in held if key != name}))
+    mutants += [(inner, {**held, "bias": np.zeros((7, 1), "f")}), (inner, {**held, "more": held["fm_rows"]})]
+    survivors = []
+    for number, mutant in enumerate(mutants):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        sealed_shards(folder / "m", manifest, arrays, [shards[0], mutant, shards[2]])
+        if survives(folder / "m", files["shards"][1]):
+            survivors.append(mutant)
+        shutil.rmtree(folder)
+    assert len(mutants) > 60 and all(mutant == inner for mutant, _ in survivors)
+    assert {name for _, other in survivors for name in held if other[name].shape != held[name].shape} == set()
+    sealed_shards(tmp_path / "m", manifest, arrays, shards)
+    assert survives(tmp_path / "m", files["shards"][1])
+
+
+@pytest.mark.parametrize(
+    ("shards", "text"),
+    [
+        ([], "it cannot have shards"),
+        ({}, "it cannot have shards"),
+        ({"name": "m", "digests": []}, "it cannot have shards"),
+        ({"name": "m", "digests": ["a" * 64] * 5000}, "a name and 1 to 4,096 digests"),
+        ({"name": "m", "digests": ["A" * 64]}, "it cannot have shards"),
+        ({"name": "m", "digests": ["../../etc/passwd" * 4]}, "it cannot have shards"),
+        ({"name": "../m", "digests": ["a" * 64]}, "it cannot have shards"),
+        ({"name": "/etc/m", "digests": ["a" * 64]}, "it cannot have shards"),
+        ({"name": "", "digests": ["a" * 64]}, "it cannot have shards"),
+        ({"name": "m\n", "digests": ["a" * 64]}, "it cannot have shards"),
+        ({"name": "m", "digests": ["a" * 64], "more": 1}, "it cannot have shards"),
+        ({"name": ".", "digests": ["a" * 64]}, "does not hold a model"),
+        ({"name": "..", "digests": ["a" * 64]}, "without its shard .*FileNotFoundError"),
+        ({"name": "m" * 255, "digests": ["a" * 64]}, "without its shard .*File name too long"),
+        ({"name": "\ud800", "digests": ["a" * 64]}, "without its shard .*UnicodeEncodeError"),
+        ({"name": "m", "digests": ["a" * 64]}, "without its shard .*FileNotFoundError"),
+    ],
+    ids=range(16),
+)
+def test_shards_that_no_file_has(shards, text, sharded, tmp_path):
+    manifest, arrays, _ = sharded
+    sealed(tmp_path / "m", packed({**manifest, "shards": shards}, arrays), scorer_file.NEWEST)
+    refuses(tmp_path / "m", text, 1 << 22)
+    assert deepfm_ops.export_scorer(DeepFM(20, 3, 4, use_deep=False), tmp_path / "m") is None  # over it
+
+
+def test_shards_that_hold_something_else(sharded, tmp_path):
+    """Arrays of their file, no array, one that says to have a row more; or a file that is its own shard."""
+    manifest, arrays, shards = sharded
+    rows = [held["fm_rows"] for _, held in shards]
+    for names, change, text in [
+        (("bias",), lambda i: np.zeros((1, 1), "f"), "array 'bias' is in its shards too"),
+        ((), None, "array 'fm_rows' must be float32 .*, got none"),
+        (("fm_rows",), lambda i: rows[i], "array 'fm_weights' must be float32 .*, got none"),
+        (("fm_rows", "fm_weights"), lambda i: rows[i], r"array 'fm_weights' must be float32 \(20, 1\), got"),
+        (("fm_rows", "fm_weights"), lambda i: rows[i][:1], r"must fit \(20, 3\)|fm_weights"),
+        (("fm_rows",), lambda i: rows[2 - i], "shard 0 has float32 .*, it should have"),
+        (("fm_rows",), lambda i: rows[i].astype("f8"), "'fm_rows' is no table, but of float64"),
+        (("fm_rows",), lambda i: rows[i].view("u1"), "int8, which holds them|weights"),
+        (("kernel_1", "fm_rows", "fm_weights"), lambda i: rows[i], "'fm_weights' must be"),
+    ]:
+        made = [(inner, {name: change(i) for name in names}) for i, (inner, _) in enumerate(shards)]
+        sealed_shards(tmp_path / "m", manifest, arrays, made)
+        refuses(tmp_path / "m", text)
+    apart = [(inner, {"fm_rows": held["fm_rows"]}) for inner, held in shards]
+    weights = np.zeros((20, 1), "f")
+    sealed_shards(tmp_path / "m", manifest, {**arrays, "fm_weights": weights}, apart)
+    refuses(tmp_path / "m", "table 'fm_rows' and its weights are not in the same files")
+    apart = [(inner, {"fm_weights": held["fm_weights"]}) for inner, held in shards]
+    sealed_shards(tmp_path / "m", manifest, {**arrays, "fm_rows": np.zeros((20, 4), "f")}, apart)
+    refuses(tmp_path / "m", "does not hold a model")
+    deep = {name: array for name, array in arrays.items() if name != "deep"}
+    apart = [
+        (inner, {**held, "deep": np.zeros((size, 1), "f")})
+        for (inner, held), size in zip(shards, (2, 2, 1), strict=True)
+    ]
+    sealed_shards(tmp_path / "m", manifest, deep, apart)
+    refuses(tmp_path / "m", "does not hold a model")
 
 
 def header(descr="'<f4'", fortran="False", shape="(20, 4)", version=(1, 0), text=None):
