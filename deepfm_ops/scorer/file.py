@@ -181,13 +181,13 @@ def _named(manifest):
     shards = manifest.get("shards") if isinstance(manifest, dict) else None
     if shards is None:
         return "", []
-    good = isinstance(shards, dict) and shards.keys() == {"name", "digests"}
-    good = good and isinstance(shards["name"], str) and _NAME.fullmatch(shards["name"])
-    digests = shards["digests"] if good else None
-    good = isinstance(digests, list) and 0 < len(digests) <= MOST_SHARDS
-    if not good or not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests):
-        raise ValueError(f"it cannot have shards {shards!r:.100}: a name and 1 to {MOST_SHARDS:,} digests")
-    return shards["name"], digests
+    if isinstance(shards, dict) and len(shards) == 2:
+        name, digests = shards.get("name"), shards.get("digests")
+        if isinstance(name, str) and _NAME.fullmatch(name) and isinstance(digests, list):
+            good = all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in digests)
+            if good and 0 < len(digests) <= MOST_SHARDS:
+                return name, digests
+    raise ValueError(f"it cannot have shards {shards!r:.100}: a name and 1 to {MOST_SHARDS:,} digests")
 
 
 def _checked(path, content):

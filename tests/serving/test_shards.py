@@ -302,12 +302,13 @@ def test_shards_do_not_make_a_damaged_file_whole(path):
 
 @pytest.mark.parametrize("place", ["shard", "main", "row"])
 def test_an_export_that_fails_leaves_the_old_files(place, path, monkeypatch):
+    """Also shards that it had written anew, as they were."""
+    deepfm_ops.export_scorer(DeepFM(20, 3, 4, (6,), seed=1), path, "int8", shards=3)
     before = {x: x.read_bytes() for x in path.parent.iterdir()}
-    model, calls = DeepFM(20, 3, 4, (6,), seed=2), []
+    model, calls = DeepFM(20, 3, 4, (6,), seed=1 if place == "row" else 2), []
     if place == "row":
-        model.get_layer("fm").embeddings.assign(
-            np.where(np.arange(20)[:, np.newaxis] == 17, np.nan, 1.0) * np.ones((20, 4))
-        )
+        table = model.get_layer("fm").embeddings
+        table.assign(np.where(np.arange(20)[:, np.newaxis] == 17, np.nan, table.numpy()))
         error, text = ValueError, "row 17 of a table holds NaN or infinity"
     else:
         error, text = OSError, "no space left"
@@ -480,6 +481,18 @@ def test_rows_that_do_not_fit(rows, text, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shards", [None, 4])
+def test_a_row_that_int8_cannot_hold_has_its_number(shards, rng, tmp_path):
+    """Of the table, whatever the shard and the block."""
+    for place in (0, 7, 38, 60):
+        rows = {"embeddings": rng.normal(size=(61, 4)).astype("f"), "w": np.zeros((61, 1), "f")}
+        rows["embeddings"][place, 1] = np.inf
+        rows = {name: source(array, [5, 9]) for name, array in rows.items()}
+        with pytest.raises(ValueError, match=f"row {place} of a table holds NaN or infinity"):
+            export.write_scorer(DeepFM(2, 3, 4, (5,)), tmp_path / "m", "int8", rows=rows, shards=shards)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("shards", [None, 2])
 @pytest.mark.parametrize("name", ["embeddings", "w"])
@@ -506,7 +519,7 @@ def test_sources_that_do_not_keep_their_word(blocks, text, name, shards, table, 
 def test_memory_does_not_grow_with_the_table(table, shards, tmp_path):
     """Of a process that writes 100 MB of rows: its peak, mapped pages included."""
     code = f"""
-import resource
+import pathlib
 import numpy as np
 from deepfm_ops.container import Rows
 from deepfm_ops.scorer import file
@@ -524,11 +537,14 @@ def write(rows, shards={shards!r}):
         else:
             file.write_shard("m", index, shards, arrays)
 
+def peak():
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
 file._PIECE = 1 << 20
 write(50_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 write(1_500_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     assert int(run_python(code, tmp_path)) < 32 << 10  # KiB
     largest = sum(path.stat().st_size for path in tmp_path.iterdir())
