@@ -24,6 +24,7 @@ _HOME = {
 }
 _MODULES = (
     "checkpoints",
+    "cluster",
     "data",
     "datasets",
     "deepctr",

@@ -1,4 +1,5 @@
 from . import checkpoints as checkpoints
+from . import cluster as cluster
 from . import data as data
 from . import datasets as datasets
 from . import deepctr as deepctr

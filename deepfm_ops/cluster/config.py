@@ -6,6 +6,7 @@ import socket
 from typing import NamedTuple
 
 ROLES = ("chief", "ps", "worker")
+FOLLOWED = 75  # the exit code of a server or worker that the chief ended when it failed
 FORM = (
     '{"cluster": {"chief": ["host:port"], "ps": ["host:port", ...], "worker": ["host:port", ...]}, '
     '"task": {"type": "ps", "index": 0}}'

@@ -1,7 +1,10 @@
 """The chief's side of a cluster: it waits for the others, asks who they are, and sees when a server is lost."""
 
 import atexit
+import contextlib
+import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
@@ -10,16 +13,19 @@ from functools import partial
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context, executor
 
 from deepfm_ops import native_info
 from deepfm_ops.cluster import handshake, server
-from deepfm_ops.cluster.config import ClusterError, answers, device, name, read
+from deepfm_ops.cluster.config import FOLLOWED, ClusterError, answers, device, listening, name, read
 
 CONNECT = 180.0  # seconds that TensorFlow has to connect to processes that listen, and they to say who they are
 TRIES, TRY = 3, 2.5  # connections that fail in a row, and seconds for each, until a server is lost
 PING = 600.0  # seconds without an answer of a server that takes connections; one that writes its shards is busy
 END = 12.0  # seconds after a loss at which the process ends, whatever holds it up
 
+_LOGGER = logging.getLogger("deepfm_ops")
+_NOWHERE = open(os.devnull, "w")
 _current = None
 
 
@@ -28,26 +34,23 @@ def current():
     return _current
 
 
-def connect(wait=None):
-    """Connects the chief to its servers and workers, the first time.
+def connect(wait=server.WAIT):
+    """Connects the chief to its servers and workers, the first time: what TensorFlow made before is of no use then.
 
     Args:
-        wait: seconds that they have to appear; None: what `serve_or_continue` was given, else 600.
+        wait: seconds that they have to appear.
 
     Returns:
         A Chief, the same in every call. Without TF_CONFIG, one of this process alone.
 
     Raises:
-        ClusterError: TF_CONFIG is not a chief's, a process does not come, is another than TF_CONFIG says, has another
-            version of this package or of TensorFlow, or no native library.
+        ClusterError: TF_CONFIG is not a chief's, the port is in use, a process does not come, is another than TF_CONFIG
+            says, has another version of this package or of TensorFlow, or no native library.
 
     """
     global _current
     if _current is None:
         config = read()
-        door = server.door()
-        if wait is None:
-            wait = server.WAIT if door is None else door.wait
         _current = Chief() if config is None else _connect(config, wait)
     return _current
 
@@ -58,9 +61,9 @@ def _connect(config, wait):
     reason = native_info()["reason"]
     if reason is not None:
         raise ClusterError(f"the chief lacks the native library, which every process of a cluster needs: {reason}")
+    listening(config).close()
     _wait(config, wait)
-    if server.door() is not None:
-        server.door().close()
+    listening(config).close()  # TensorFlow's server would share a port with another one
     os.environ.setdefault("GRPC_FAIL_FAST", "use_caller")
     chief = _ClusterChief(config)
     atexit.register(chief.at_exit)
@@ -87,7 +90,7 @@ def _places(config, tasks):
     return ", ".join(f"{name(*task)} ({config.cluster[task[0]][task[1]]})" for task in tasks)
 
 
-def _all(calls, seconds):
+def in_parallel(calls, seconds):
     """What each call returns or raises, or TimeoutError; each in a thread of its own, which holds nothing up."""
     results = [TimeoutError(f"no answer within {seconds:g} seconds") for _ in calls]
 
@@ -106,10 +109,21 @@ def _all(calls, seconds):
     return list(results)
 
 
-def _at(task, function, *arguments):
-    """The result of a remote function in the process of a task."""
-    with tf.device(device(*task)):
-        return function(*arguments)[0].numpy()
+def at(place, function, *arguments):
+    """The NumPy values of what a function returns whose ops run on a device, in any thread.
+
+    Without an executor of its own, a thread would get the errors of other threads' ops on other devices.
+    """
+    tensors = [tf.convert_to_tensor(x) for x in arguments]  # here: on its way to a device it would hold Python up
+    own = executor.new_executor(enable_async=False)
+    context.context().executor = own  # until it is deleted
+    try:
+        with tf.device(place):
+            return [value.numpy() for value in function(*tensors)]
+    finally:
+        with contextlib.suppress(tf.errors.OpError):
+            own.wait()  # its end would write the error once more
+        own.clear_error()
 
 
 class Chief:
@@ -131,7 +145,7 @@ class Chief:
         """Raises ClusterError if a server is lost.
 
         Args:
-            error: an error of TensorFlow's that may come from such a loss: the servers are looked at now.
+            error: an error that may come from such a loss: if it is TensorFlow's, the servers are looked at now.
 
         """
 
@@ -145,22 +159,25 @@ class _ClusterChief(Chief):
         self.servers = [device(*task) for task in config.tasks("ps")]
         self.workers = [device(*task) for task in config.tasks("worker")]
         self._others = config.tasks("ps", "worker")
+        self._lock = threading.Lock()
         self._lost = None  # the line that says which server is
         self._done = threading.Event()
         self._connected = False
 
     def start(self):
         """Connects, checks who is there, and watches the servers from then on."""
-        (found,) = _all([self._strategy], CONNECT)
+        (found,) = in_parallel([self._strategy], CONNECT)
         if isinstance(found, Exception):
             self._lost = f"TensorFlow cannot connect to the cluster: {_line(found)}; see the logs of its processes"
             raise ClusterError(self._lost)
+        tf.get_logger().addFilter(_of_interest)
         self.coordinator = tf.distribute.coordinator.ClusterCoordinator(found)
         self._connected = True
-        answered = _all([partial(_at, task, handshake.hello) for task in self._others], CONNECT)
+        answered = in_parallel([partial(at, device(*task), handshake.hello) for task in self._others], CONNECT)
         wrong = [self._what_is_wrong(*each) for each in zip(self._others, answered, strict=True)]
         if any(wrong):
             raise ClusterError("; ".join(filter(None, wrong)))
+        server.watched_by(self)
         for watch in (self._watch_addresses, self._watch_answers):
             threading.Thread(target=watch, daemon=True).start()
 
@@ -177,7 +194,7 @@ class _ClusterChief(Chief):
             if "Could not find callback" in str(answer):
                 return f"{who} serves without deepfm_ops: call cluster.serve_or_continue() at the top of its script"
             return f"{who} does not say who it is: {_line(answer)}"
-        found = json.loads(answer)
+        found = json.loads(answer[0])
         for package, version in handshake.here().items():
             if found[package] != version:
                 return f"{who} has {package} {found[package]}, the chief has {version}: install one version everywhere"
@@ -189,21 +206,14 @@ class _ClusterChief(Chief):
         return None
 
     def check(self, error=None):
-        if error is not None and self._lost is None:
-            self._look(15.0)
+        if isinstance(error, tf.errors.OpError) and self._lost is None:
+            start = time.monotonic()
+            for task in self.config.tasks("ps"):
+                if not self._listens(self.config.address(*task)):
+                    self._lose(task, start)
+            self._ask(15.0)
         if self._lost is not None:
             raise ClusterError(self._lost) from error
-
-    def _look(self, seconds):
-        """Notes a server that does not take a connection, or that answers no longer as the one that it was."""
-        servers = self.config.tasks("ps")
-        for task in servers:
-            if not self._listens(self.config.address(*task)):
-                self._lose(task)
-        answered = _all([partial(_at, task, handshake.hello) for task in servers], seconds)
-        for task, answer in zip(servers, answered, strict=True):
-            if isinstance(answer, Exception) and not isinstance(answer, TimeoutError):
-                self._lose(task)
 
     def _listens(self, address):
         for _ in range(TRIES):
@@ -212,48 +222,70 @@ class _ClusterChief(Chief):
             self._done.wait(0.5)
         return False
 
+    def _ask(self, seconds):
+        """Notes a server that has an error for an answer, as one has that was started again; returns the slow ones."""
+        start, asked, slow = time.monotonic(), self.config.tasks("ps"), []
+        for _ in range(TRIES):
+            answered = in_parallel([partial(at, device(*task), handshake.hello) for task in asked], seconds)
+            failed = [task for task, answer in zip(asked, answered, strict=True) if isinstance(answer, Exception)]
+            slow += [task for task, answer in zip(asked, answered, strict=True) if isinstance(answer, TimeoutError)]
+            asked = [task for task in failed if task not in slow]
+            if not asked:
+                return slow
+            self._done.wait(0.5)
+        self._lose(asked[0], start)
+        return slow
+
     def _watch_addresses(self):
         """Tries a connection to each server every second."""
         servers = self.config.tasks("ps")
         addresses = {task: answers(self.config.address(*task), TRY) or self.config.address(*task) for task in servers}
-        while not self._done.wait(1.0):
+        while not self._done.wait(1.0) and self._lost is None:
             for task, address in addresses.items():
                 start = time.monotonic()
-                if not self._listens(address) and not self._done.is_set():
-                    self._lose(task)
-                    return self._end_by(start + END)
-        return None
+                if not self._listens(address):
+                    self._lose(task, start)
 
     def _watch_answers(self):
-        """Has each server answer now and then, which one that was started again, or stands still, does not."""
-        servers, failures = self.config.tasks("ps"), {}
-        while not self._done.wait(5.0):
-            answered = _all([partial(_at, task, handshake.hello) for task in servers], PING)
-            for task, answer in zip(servers, answered, strict=True):
-                failures[task] = failures.get(task, 0) + 1 if isinstance(answer, Exception) else 0
-                if (isinstance(answer, TimeoutError) or failures[task] == TRIES) and not self._done.is_set():
-                    self._lose(task)
-                    return self._end_by(time.monotonic() + END)
-        return None
+        """Has each server answer every other second."""
+        while not self._done.wait(2.0) and self._lost is None:
+            start = time.monotonic()
+            for task in self._ask(PING):
+                self._lose(task, start + PING)
 
-    def _lose(self, task):
-        if self._lost is None:
+    def _lose(self, task, since):
+        """Says that a server is lost, the first; `since` when, the process ends some seconds later whatever it does."""
+        with self._lock:
+            if self._lost is not None or self._done.is_set():
+                return
             self._lost = (
                 f"{_places(self.config, [task])} is lost, and its rows with it; start the job again, it goes on from "
                 "its last checkpoint"
             )
+        server.say(self._lost)
+        deadline = since + END - time.monotonic()
+        _end_within(max(0.0, deadline) + 3.0)
+        threading.Thread(target=self._end_after, args=(deadline,), daemon=True).start()
 
-    def _end_by(self, deadline):
-        """Ends the process at the deadline, if what it waits for in TensorFlow has not let it end by itself."""
-        if not self._done.wait(max(0.0, deadline - time.monotonic())):
-            print(f"deepfm_ops.cluster: {self._lost}", file=sys.stderr, flush=True)
-            self._tell(1, 1.0)
-            os._exit(1)
+    def _end_after(self, seconds):
+        """Ends the process after so long, unless it does by itself: what it does waits for the server."""
+        if not self._done.wait(max(0.0, seconds)):
+            self._end()
+
+    def _end(self):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _end_within(4.0)
+        self._done.set()
+        self._tell(FOLLOWED, 2.0)
+        os._exit(1)  # TensorFlow's threads still wait for the server
 
     def _tell(self, code, seconds):
         """Has the other processes end with an exit code."""
         if self._connected:
-            _all([partial(_at, task, handshake.finish, np.int32(code)) for task in self._others], seconds)
+            in_parallel(
+                [partial(at, device(*task), handshake.finish, np.int32(code)) for task in self._others], seconds
+            )
 
     def finish(self):
         self._finish(0, 5.0)
@@ -264,12 +296,25 @@ class _ClusterChief(Chief):
             self._tell(code, seconds)
 
     def at_exit(self):
-        if self._lost is None:
-            return self._finish(int(server.failed.is_set()), 5.0)
-        self._finish(1, 2.0)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # TensorFlow's threads still wait for the server
+        _end_within(60.0)
+        if self._lost is not None:
+            self._end()
+        self._finish(FOLLOWED if server.failed.is_set() else 0, 5.0)
+
+
+def _end_within(seconds):
+    """Ends the process then, with exit code 1, though TensorFlow kept Python from running, as for a stopped server."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_NOWHERE)
+
+
+def _of_interest(record):
+    """Of ClusterCoordinator's pages on each failed step, one line for a lost worker; `check` tells of servers."""
+    if record.filename != "cluster_coordinator.py":
+        return True
+    if str(record.msg).startswith("Worker %s failed"):
+        index = record.args[0].rpartition(":")[2]
+        _LOGGER.warning("%s is lost; until it is back its steps run on other workers", name("worker", index))
+    return False
 
 
 def _line(error):

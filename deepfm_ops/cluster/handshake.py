@@ -9,6 +9,7 @@ from deepfm_ops import native_info
 from deepfm_ops._version import __version__
 from deepfm_ops.cluster import config, remote
 
+met = threading.Event()  # a chief was here
 finished = threading.Event()  # the chief has said so
 code = 0  # to end with
 
@@ -21,6 +22,7 @@ def here():
 @remote.function(tf.string)
 def hello():
     """JSON of `here` and "role", "index", and "native", which is why there is no native library or None."""
+    met.set()
     own = config.read()
     return json.dumps({**here(), "role": own.role, "index": own.index, "native": native_info()["reason"]}).encode()
 

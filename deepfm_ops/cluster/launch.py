@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from deepfm_ops.cluster.config import name
+from deepfm_ops.cluster.config import FOLLOWED, name
 
 DEATHS = 10  # of one worker, after which the job ends
 LAST = 20.0  # seconds that the chief has to end once a server has
@@ -184,7 +184,7 @@ def _run(command, ps, workers, threads, output, signals):
             output.forward(0.2)
             for task in tasks[:-1]:
                 process = processes[task]
-                if process.code is not None or not process.ended() or process.code == 0:
+                if process.code is not None or not process.ended() or process.code in (0, FOLLOWED):
                     continue
                 output.forward(0.0)  # its last lines
                 deaths[task] += 1

@@ -40,8 +40,8 @@ class ShardedDeepFM:
     Args:
         *args: those of `DeepFM`.
         wire: what rows and their gradients are on the network: "float32", or "bfloat16", which takes half.
-        prefetch: whether a worker fetches the rows of its next batch while it computes; they are a step older then.
-            None: where several workers train.
+        prefetch: whether a worker fetches the rows of its next batch while it computes. They are as many steps older
+            then as there are workers, which costs more of what is learned than it gains where the network is fast.
         wait: seconds to wait for servers and workers to be there; None: as `serve_or_continue` was told.
         **kwargs: those of `DeepFM`. num_features may be more than one machine holds; embeddings_initializer must make
             each row for itself (None: `RowNormal(0.01, seed)`), and l2_scope be "batch".
@@ -57,7 +57,7 @@ class ShardedDeepFM:
 
     """
 
-    def __init__(self, *args, wire="float32", prefetch=None, wait=None, **kwargs):
+    def __init__(self, *args, wire="float32", prefetch=False, wait=None, **kwargs):
         bound = _SIGNATURE.bind(None, *args, **kwargs)
         bound.apply_defaults()
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
@@ -193,7 +193,6 @@ class ShardedDeepFM:
         callbacks = epochs_.callback_list(self, callbacks, 1 if verbose == "auto" else verbose, epochs, steps)
         self.stop_training, self._epoch, self._within = False, initial_epoch, False
         self._feeding, self._order, logs = feed, order, {}
-        prefetch = not is_one if self.prefetch is None else self.prefetch
         with self._watched():
             callbacks.on_train_begin()  # where a checkpoint is resumed
             first = self._epoch
@@ -208,7 +207,7 @@ class ShardedDeepFM:
                     self._averages_are_shown = False
                 self.step = self._feeding.num_done
                 callbacks.on_epoch_begin(epoch)
-                logs = self._pass("train", feed, weighted, what, in_flight, prefetch, callbacks)
+                logs = self._pass("train", feed, weighted, what, in_flight, self.prefetch, callbacks)
                 self._epoch, self._within = epoch + 1, False
                 self._averages_are_shown = bool(self.optimizer.use_ema)
                 if validation is not None and (epoch + 1 - initial_epoch) % validation_freq == 0:

@@ -34,7 +34,7 @@ METHODS = [
 ]
 SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "Ftrl": ["_accumulators", "_linears"]}
 MODULES = [
-    ("tensorflow.python.eager.context", ["executor_scope"]),
+    ("tensorflow.python.eager.context", ["context", "executor_scope"]),
     ("tensorflow.python.eager.execute", ["record_gradient"]),
     ("tensorflow.python.eager.executor", ["new_executor"]),
     ("tensorflow.python.eager.forwardprop", ["_SPECIAL_CASES"]),
