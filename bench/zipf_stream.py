@@ -27,9 +27,11 @@ class ZipfStream(Stream):
 
     def state(self):
         fixed = {"files": "", "features": "", "batch_size": self.size, "shuffle": False, "seed": 0}
-        return {"epoch": self.epoch, "batch": self.at, "rows": 0, "piece": 0, "chunk": 0, "row": 0} | fixed | {
-            "shard": list(self.shard)
-        }
+        return (
+            {"epoch": self.epoch, "batch": self.at, "rows": 0, "piece": 0, "chunk": 0, "row": 0}
+            | fixed
+            | {"shard": list(self.shard)}
+        )
 
     def restore(self, state):
         self.epoch, self.at = state["epoch"], state["batch"]

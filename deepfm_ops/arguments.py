@@ -80,9 +80,35 @@ def usable(name, x, what="column", allow_missing=False):
         return tf.identity(x)
 
 
+def on_this_machine(name, table):
+    """The tensor or tf.Variable, once it is known not to be read over the network.
+
+    Raises:
+        ValueError: a variable whose parts are elsewhere, or all of it.
+
+    """
+    where = None
+    if isinstance(table, tf.__internal__.distribute.ShardedVariable):
+        where = f"is a ShardedVariable of {len(table.variables)} parts"
+    elif isinstance(table, tf.Variable):
+        device = tf.DeviceSpec.from_string(table.device or "")
+        if device.job not in (None, "localhost"):
+            with tf.init_scope(), tf.device(None):
+                here = tf.DeviceSpec.from_string(tf.constant(0).device)
+            if (device.job, device.task) != (here.job, here.task):
+                where = f"is on {table.device}, and this is /job:{here.job}/task:{here.task}"
+    if where is not None:
+        raise ValueError(
+            f"{name} {where}: all of it would be read over the network at every call. Train tables that are split over "
+            "machines by deepfm_ops.cluster.ShardedDeepFM, or make the model without a strategy of parameter servers"
+        )
+    return table
+
+
 def _table(table):
     if isinstance(table, keras.Variable):
         table = table.value
+    table = on_this_machine("table", table)
     if not isinstance(table, tf.Variable):
         table = tf.convert_to_tensor(table)
     if table.dtype not in TABLE_DTYPES:
@@ -142,7 +168,8 @@ def parse(table, indices, values, row_splits, output):
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: ranks or static shapes that do not fit, an unknown `output`, row_splits given twice.
+        ValueError: ranks or static shapes that do not fit, an unknown `output`, row_splits given twice; a table that is
+            on another machine, or a ShardedVariable.
         InvalidArgumentError: ragged or sparse values at other positions than the indices.
 
     """

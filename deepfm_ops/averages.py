@@ -43,8 +43,6 @@ class Averaging:
         narrow = sorted({str(v.dtype) for v in variables} - {"float32", "float64"})
         if narrow:
             raise ValueError(f"averages (use_ema) need weights of float32 or float64, got {', '.join(narrow)}")
-        if tf.distribute.has_strategy():
-            raise ValueError("averages (use_ema) do not work under a strategy of tf.distribute")
         self._lags = [self.add_variable_from_reference(v, name="lag") for v in variables]
         self._decay_so_far = self.add_variable((), "ones", "float64", name="decay_so_far")
         self._shown = self.add_variable((), "zeros", "int64", name="averages_shown")
@@ -63,7 +61,7 @@ class Averaging:
         )
         with tf.control_dependencies(arguments.require(self._shown.value == 0, text, lambda: (self._shown.value,))):
             decay = tf.identity(self._decay_so_far.value)
-        self._lag_scale = 1 / decay
+        self._lag_scale = scale = 1 / decay  # of replicas of a strategy each has its own
         whole = [v for g, v in zip(grads, variables, strict=True) if g is not None and not self._moves_rows_only(g, v)]
         before = []
         for variable in whole:
@@ -73,7 +71,7 @@ class Averaging:
         for variable, old in zip(whole, before, strict=True):
             with beside(variable):
                 move = tf.convert_to_tensor(variable.value) - old
-                self._lag_of(variable).value.assign_sub(move * tf.cast(self._lag_scale, move.dtype))
+                self._lag_of(variable).value.assign_sub(move * tf.cast(scale, move.dtype))
         step = tf.cast(self._iterations.value, tf.float64)  # the first is 1
         decay *= tf.minimum(tf.constant(self.ema_momentum, tf.float64), (1 + step) / (10 + step))
         tf.cond(decay < SMALLEST_DECAY, lambda: self._rescale(decay), lambda: self._keep(decay))

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import _library, arguments, ops, reference
+from deepfm_ops import _library, arguments, ops, reference, replicas
 from deepfm_ops.features import counts
 
 SOFTNESS = 10.0  # of the priors in the first pass
@@ -119,15 +119,20 @@ class _SparseLayer(keras.layers.Layer):
         return tf.convert_to_tensor(self.feature_counts.value), is_counted, first_pass
 
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
+        """The penalty of a call, and by what a replica multiplies it, or None."""
         row_counts = None if _library.is_export() else self._row_counts()
         if row_counts is None:
-            return reference.Penalty(l2, l2_linear)
+            return reference.Penalty(l2, l2_linear), None
         table, is_counted, first_pass = row_counts
         softness = tf.where(first_pass < 1, SOFTNESS, 0.0)
         priors = tf.stack([_precision(prior) * is_counted, _precision(prior_linear) * is_counted, softness])
+        weight = None
         if training and isinstance(self.samples.value, tf.Variable):  # and not what a keras.StatelessScope has for it
-            self.samples.value.assign_add([tf.cast(samples, tf.int64), 0])
-        return reference.Penalty(l2, l2_linear, table, priors)
+            everyones = replicas.total(samples)
+            self.samples.value.assign_add([everyones, 0])
+            if replicas.others() is not None:  # the op divides by the samples of this replica
+                weight = replicas.share(samples, everyones, arguments.accumulation_dtype(tf.as_dtype(self.dtype)))
+        return reference.Penalty(l2, l2_linear, table, priors), weight
 
     def _interaction(self, table, inputs, output, training, penalties, return_embeddings=False, **options):
         indices, values = _pairs(inputs, table.dtype)
@@ -140,13 +145,16 @@ class _SparseLayer(keras.layers.Layer):
             pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
         samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
+        l2, l2_linear, *priors = penalties
+        is_shared = training and bool(l2 or l2_linear) and replicas.others() is not None
+        penalty, weight = self._penalty(samples, training, *((0.0, 0.0) if is_shared else (l2, l2_linear)), *priors)
         result, embeddings, linear, silent = ops.interaction(
             table,
             pairs,
             output,
             field_splits=splits,
             return_embeddings=return_embeddings,
-            penalty=self._penalty(samples, training, *penalties),
+            penalty=penalty,
             backend=self.backend,
             **options,
         )
@@ -155,7 +163,11 @@ class _SparseLayer(keras.layers.Layer):
             if pairs.row_splits is not None:
                 embeddings = tf.RaggedTensor.from_row_splits(embeddings, pairs.row_splits)
         if silent is not None:
-            self.add_loss(silent)
+            self.add_loss(silent if weight is None else silent * weight)
+        if is_shared:
+            tables = [table] if options.get("weights") is None else [table, options["weights"]]
+            with tf.control_dependencies([result]):  # which says what is wrong with an index
+                self.add_loss(replicas.silent_l2(tables, tf.identity(pairs.indices), (l2, l2_linear)[: len(tables)]))
         linear = None if linear is None else tf.cast(linear, self.compute_dtype)
         return tf.cast(result, self.compute_dtype), embeddings, linear
 

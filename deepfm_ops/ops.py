@@ -47,7 +47,7 @@ def fm_interaction(table, indices, values=None, *, row_splits=None, output="scal
         are summed in float32).
 
     Raises:
-        TypeError, ValueError: a dtype, rank or static shape that does not fit.
+        TypeError, ValueError: a dtype, rank or static shape that does not fit; a table on another machine.
         InvalidArgumentError: an index outside [0, V): "indices[3,7] = 1000 is not in [0, 1000)" (for
             ragged and sparse indices, the position in the flat indices); row_splits that do not start
             at 0, decrease, or do not end at nnz; values whose shape is not that of indices.
@@ -89,6 +89,7 @@ def interaction(
         ValueError, RuntimeError: see `native_for`.
 
     """
+    weights = None if weights is None else arguments.on_this_machine("weights", weights)
     native = native_for(table, backend)
     if native is None:
         result, embeddings, linear, silent = reference.interaction(
@@ -149,7 +150,9 @@ def _why_not(table):
     if not isinstance(table, tf.Variable):
         return None
     if not isinstance(table, resource_variable_ops.BaseResourceVariable):
-        return f"a {type(table).__name__} has no resource handle"
+        # A variable of several replicas has that of a replica, in whatever a replica runs.
+        if not isinstance(table, tf.distribute.DistributedValues) or tf.distribute.get_replica_context() is None:
+            return f"a {type(table).__name__} has no resource handle"
     if "GPU" in (table.device or "").upper():
         return f"it is on {table.device}, and the native op runs on the CPU"
     return None

@@ -87,8 +87,8 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
     silent = None
     if penalty:
         factor, factor_linear = penalty.factors(pairs, unique, position, rows.dtype)
-        silent = _silent_penalty(rows, factor)
-        silent += 0 if weights is None else _silent_penalty(weight_rows, factor_linear)
+        silent = _silent(rows, factor)
+        silent += 0 if weights is None else _silent(weight_rows, factor_linear)
     weight_rows = None if weights is None else tf.gather(weight_rows, position)
     return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows), silent
 
@@ -133,7 +133,12 @@ def _rows(table, indices):
     return tf.cast(rows, arguments.accumulation_dtype(rows.dtype))
 
 
-def _silent_penalty(rows, factor):
+def silent_penalty(table, unique, factor):
+    """Zero, with the gradient factor [U, 1] * row for the rows [U] of a table."""
+    return _silent(_rows(table, unique), factor)
+
+
+def _silent(rows, factor):
     """Zero, with the gradient factor * rows."""
     silent = tf.custom_gradient(lambda x: (tf.zeros([], x.dtype), lambda g: g * tf.cast(factor, x.dtype) * x))
     return silent(rows)

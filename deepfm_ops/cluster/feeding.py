@@ -185,7 +185,9 @@ class StreamParts:
         known = {name: self._states[0][name] for name in ("files", "features", "batch_size", "shuffle", "seed")}
         for name, value in known.items():
             if state["parts"][0][name] != value:
-                raise ValueError(f"the checkpoint is of a stream with {name} {state['parts'][0][name]!r}, got {value!r}")
+                raise ValueError(
+                    f"the checkpoint is of a stream with {name} {state['parts'][0][name]!r}, got {value!r}"
+                )
         self._pass, self._done, self._states = state["pass"], state["done"], list(state["parts"])
         self._restart()
 

@@ -113,7 +113,8 @@ class ShardedDeepFM:
 
         Args:
             optimizer: one of `deepfm_ops.optimizers`, or a `CombinedOptimizer` of one for tables and any of Keras's for
-                dense weights. None: the recommended ones.
+                dense weights. None: the recommended ones, from three workers on at 2 / workers of their rates, as
+                steps side by side make weights overshoot.
             loss: None: the recommended one.
             metrics, weighted_metrics: Keras's; the chief updates them, once for every batch.
 
@@ -121,7 +122,10 @@ class ShardedDeepFM:
             ValueError: an optimizer whose step costs whole tables.
 
         """
-        optimizer = recipe.optimizer(self._steps.trainable) if optimizer is None else keras.optimizers.get(optimizer)
+        if optimizer is None:
+            optimizer = recipe.optimizer(self._steps.trainable, min(1.0, 2 / len(self.cluster.workers)))
+        else:
+            optimizer = keras.optimizers.get(optimizer)
         self._steps.compile(optimizer)
         loss = recipe.LOSS[self.template.plan.task] if loss is None else loss
         self._compiled = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
@@ -298,8 +302,17 @@ class ShardedDeepFM:
         order = epochs_.EpochOrder(data, batch_size) if shuffle else None
         fill = [] if len(data) > 3 else [np.zeros(0, np.float32)]
 
+        known = {}  # the order of the epoch
+
         def batch(start):
-            some = [array[start : start + batch_size] for array in data] if order is None else order.batch(start)
+            if order is None:
+                some = [array[start : start + batch_size] for array in data]
+            else:
+                of = order.seed, order.epoch
+                if of not in known:
+                    known.clear()
+                    known[of] = order.order()
+                some = order.take(known[of][start : start + batch_size])
             return [some[0].astype(np.int64, copy=False), *some[1:], *fill]
 
         return feeding.Arrays(batch, range(0, length, batch_size)), order
@@ -384,7 +397,9 @@ class ShardedDeepFM:
         within = progress.get("within")
         if within is not None:
             if within["kind"] != self._feeding.kind:
-                raise ValueError(f"the checkpoint was written while {within['kind']} were trained on, now it is another")
+                raise ValueError(
+                    f"the checkpoint was written while {within['kind']} were trained on, now it is another"
+                )
             self._feeding.restore(within)
             self._within = True
 
@@ -477,7 +492,6 @@ class ShardedDeepFM:
         """`deepfm_ops.export` of `to_single()`, which needs its memory."""
         saved_model.export(self.to_single(), path, **options)
 
-
     def export_scorer(self, path, table="float32", *, features=None, shards=False):
         """Writes the file of `deepfm_ops.scorer.Scorer`, of a table that no process holds.
 
@@ -502,7 +516,9 @@ def _slots(part):
     if part is None:
         return {}
     variables = part._trainable_variables
-    lists = {name: slots for name, slots in vars(part).items() if isinstance(slots, list) and name != "_trainable_variables"}
+    lists = {
+        name: slots for name, slots in vars(part).items() if isinstance(slots, list) and name != "_trainable_variables"
+    }
     return {
         name.strip("_"): {id(v): slot for v, slot in zip(variables, slots, strict=True)}
         for name, slots in lists.items()

@@ -17,6 +17,7 @@ from deepfm_ops.optimizers import _Sparse
 from deepfm_ops.placement import beside
 
 ROWS, AVERAGES, SUMS = "rows", "averages", "sums"  # what a step needs of its batch
+OF_TABLES = ("embeddings", "w", "feature_counts", "samples")  # weights of the layer that owns tables
 MOST_SUMS = 8  # servers, from which each sample's sums are more than the rows of its batch
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
@@ -304,7 +305,7 @@ class Steps:
             scope.state_mapping[id(source.samples)] = self.samples + 0
             with scope:
                 strengths = source.l2, source.l2_linear, source.embedding_prior, source.linear_prior
-                penalty = source._penalty(tf.shape(values)[0], False, *strengths)
+                penalty, _ = source._penalty(tf.shape(values)[0], False, *strengths)
         self._count(values)
         slices = []
         for part, server in enumerate(self.servers):
@@ -405,7 +406,6 @@ class Steps:
         """Whether the rows of a part are numbered by int64."""
         return is_wide(len(self.servers), self.rows)
 
-
     def _make_both(self, get, run):
         """What `run` takes, and then what `get` takes, of the next batch, to (results, what that needs)."""
         (get, asked), (run, needed) = (getattr(self, f"_make_{kind}")(*options) for kind, *options in (get, run))
@@ -438,10 +438,12 @@ def _gather(variable, rows):
 
 @contextlib.contextmanager
 def _spread(servers):
-    """Inside, each variable is made on the server that has the least as yet."""
+    """Inside, each dense weight is made on the server that has the least as yet."""
     sizes = [0] * len(servers)
 
     def make(next_creator, **kwargs):
+        if kwargs.get("name") in OF_TABLES:  # of one row, and only there to be replaced
+            return next_creator(**kwargs)
         least = int(np.argmin(sizes))
         with tf.device(servers[least]):
             variable = next_creator(**kwargs)

@@ -8,14 +8,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments
+from deepfm_ops import arguments, replicas
 from deepfm_ops.combined import unscaled
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.models import epochs as epochs_
-from deepfm_ops.models import recipe
+from deepfm_ops.models import multi_worker, recipe, replicated
 
 # What Keras can change in a Dense layer of a finished model: its precision by `quantize`, its kernel by `enable_lora`.
 ADAPTED = ("dtype", "quantization_config", "lora_rank", "lora_alpha")
+MEANS = ("sum_over_batch_size", "mean")  # reductions of a loss over the samples of a batch
 
 
 def clonable(model_class):
@@ -174,9 +175,18 @@ class ConfiguredModel(keras.Model):
             **kwargs: as Keras's.
 
         """
-        optimizer = recipe.optimizer(self.trainable_variables) if optimizer is None else optimizer
-        loss = recipe.LOSS[self.plan.task] if loss is None else loss
-        super().compile(optimizer, loss, *args, **kwargs)
+        with self._scope():
+            optimizer = recipe.optimizer(self.trainable_variables) if optimizer is None else optimizer
+            loss = recipe.LOSS[self.plan.task] if loss is None else loss
+            super().compile(optimizer, loss, *args, **kwargs)
+        if self._is_replicated:
+            given = [part for part in keras.tree.flatten((args, kwargs)) if isinstance(part, keras.metrics.Metric)]
+            for part in (self.optimizer, *given):
+                if not all(isinstance(v.value, tf.distribute.DistributedValues) for v in part.variables):
+                    raise ValueError(
+                        f"{type(part).__name__} was made outside of the strategy that the model was made under, so its "
+                        "variables are not the replicas': make it inside `with strategy.scope():`"
+                    )
 
     def compile_from_config(self, config):
         """Keras's, which leaves a model alone whose `compile` is not its own."""
@@ -207,6 +217,9 @@ class ConfiguredModel(keras.Model):
 
         A stream (`FeatureDictionary.stream`) is passed over once an epoch, from its position on, and moves with the
         training. Where the optimizer keeps averages, they are validated and stopped on, and are the weights afterwards.
+
+        A model that was made under MirroredStrategy or MultiWorkerMirroredStrategy has replicas that share each batch,
+        and learns what one process does: docs/data_parallel.md.
         """
         if isinstance(x, Stream):
             others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
@@ -242,33 +255,41 @@ class ConfiguredModel(keras.Model):
         if arrays is not None:
             if batch_size is None and steps_per_epoch is None:
                 batch_size = recipe.batch_size(getattr(self, "optimizer", None), len(keras.tree.flatten(arrays)[0]))
-            if shuffle is True:
+            if shuffle is True or self._is_replicated:
                 validation_data = validation_data if split_off is None else split_off
                 validation_batch_size = validation_batch_size or batch_size
-                order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch)
+                order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch, bool(shuffle))
+                if self._is_multi_worker:
+                    replicated.the_same(self.distribute_strategy, "samples", len(order))
+                    order.seed = int(replicated.gathered(self.distribute_strategy, order.seed)[0])
                 x, y, sample_weight, batch_size = order.dataset(), None, None, None
                 validation_split, shuffle = 0.0, False
-        elif isinstance(x, tf.data.Dataset) and not tf.distribute.has_strategy():
+        elif isinstance(x, tf.data.Dataset):
             x = epochs_.cut(x)
         self.epoch_order = order
-        history = super().fit(
-            x,
-            y,
-            batch_size,
-            epochs,
-            verbose,
-            epochs_.with_first(callbacks, epochs_.EpochCallback(order)),
-            validation_split,
-            validation_data,
-            shuffle,
-            class_weight,
-            sample_weight,
-            initial_epoch,
-            steps_per_epoch,
-            validation_steps,
-            validation_batch_size,
-            validation_freq,
-        )
+        if self._is_replicated:
+            options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "class_weight": class_weight}
+            x, y, sample_weight, class_weight = self._replicated(x, y, sample_weight, **options), None, None, None
+            validation_data = self._replicated_validation(validation_data, validation_batch_size or batch_size)
+        with _streaming(self, x):
+            history = super().fit(
+                x,
+                y,
+                batch_size,
+                epochs,
+                verbose,
+                epochs_.with_first(callbacks, epochs_.EpochCallback(order)),
+                validation_split,
+                validation_data,
+                shuffle,
+                class_weight,
+                sample_weight,
+                initial_epoch,
+                steps_per_epoch,
+                validation_steps,
+                validation_batch_size,
+                validation_freq,
+            )
         self.show_averages()
         return history
 
@@ -284,11 +305,11 @@ class ConfiguredModel(keras.Model):
         try:
             with _streaming(self, stream, validation_data):
                 history = super().fit(
-                    stream,
+                    self._replicated(stream),
                     epochs=epochs,
                     verbose=verbose,
                     callbacks=callbacks,
-                    validation_data=validation_data,
+                    validation_data=self._replicated_validation(validation_data, options["validation_batch_size"]),
                     **options,
                 )
         finally:
@@ -299,6 +320,43 @@ class ConfiguredModel(keras.Model):
 
     def _before_training(self, x):
         """What a model wants to know of the inputs that `fit` was given; None: they are no arrays."""
+
+    # The replicas of a strategy of tf.distribute that the model was made under.
+
+    def _scope(self):
+        """Where variables are made that belong to the model."""
+        return contextlib.nullcontext() if self._distribute_strategy is None else self._distribute_strategy.scope()
+
+    @property
+    def _is_replicated(self):
+        return self.distribute_strategy.num_replicas_in_sync > 1
+
+    @property
+    def _is_multi_worker(self):
+        return replicated.is_multi_worker(self.distribute_strategy)
+
+    def _replicated(self, x, y=None, sample_weight=None, **options):
+        """What Keras iterates over, dealt out to the replicas; x in one process."""
+        if not self._is_replicated or isinstance(x, replicated.Batches | tf.distribute.DistributedDataset):
+            return x
+        return replicated.Batches(self.distribute_strategy, x, y, sample_weight, **options)
+
+    def _replicated_validation(self, data, batch_size):
+        if data is None or not self._is_replicated:
+            return data
+        return self._replicated(*(data if isinstance(data, list | tuple) else (data,)), batch_size=batch_size)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Keras's, which learns the shapes of a batch from its mean over replicas: of ids no ids, of text an error."""
+        batches = None if iterator is None else iterator.data_adapter
+        if isinstance(batches, replicated.Batches):
+            known = all(spec.shape.rank is not None for spec in keras.tree.flatten(batches.element_spec))
+            iterator, data_batch = None, batches.element_spec if known else batches.first_batch()
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+    def _make_function(self, step):
+        """Keras's, which fails for several processes, and for several steps per execution of several replicas."""
+        return multi_worker.function(self, step) if self._is_replicated else super()._make_function(step)
 
     # Weights are the raw ones while they are trained, and their averages, where an optimizer keeps some, wherever they
     # are read.
@@ -324,19 +382,21 @@ class ConfiguredModel(keras.Model):
         """Has Keras make a function that runs steps, and prepares the weights before each of its calls."""
         before = getattr(self, name)
         make(force)
-        function = getattr(self, name)
+        function, is_replicated = getattr(self, name), self._is_replicated
         if function is not before:
 
-            def prepared(*args):
+            def prepared(batches):
                 prepare()
-                return function(*args)
+                if is_replicated and not isinstance(batches, tf.distribute.DistributedIterator):
+                    batches = [replicated.dealt(self.distribute_strategy, batch) for batch in batches]
+                return function(batches)
 
             setattr(self, name, prepared)
         return getattr(self, name)
 
     def _before_step(self):
-        if self.training_stream is not None and self.training_stream.is_at_end:
-            # Keras would run the step on nothing to see that, and the optimizer would count it.
+        if self.training_stream is not None and self.training_stream.is_at_end and not self._is_replicated:
+            # Keras's function would run the step on nothing to see that, and the optimizer would count it.
             raise tf.errors.OutOfRangeError(None, None, "the stream's pass is over")
         self._hide_averages()
 
@@ -373,22 +433,55 @@ class ConfiguredModel(keras.Model):
         self.show_averages()
         return super().export(*args, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        steps=None,
+        callbacks=None,
+        return_dict=False,
+        **kwargs,
+    ):
         if isinstance(x, Stream):
-            refuse_beside_stream(y=y, batch_size=args[0] if args else None, sample_weight=kwargs.get("sample_weight"))
+            refuse_beside_stream(y=y, batch_size=batch_size, sample_weight=sample_weight)
             if not x.has_labels:
                 raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
         with _streaming(self, x):
-            return super().evaluate(self._as_inputs(x), self._targets(y), *args, **kwargs)
+            x, y = self._as_inputs(x), self._targets(y)
+            if self._is_replicated:
+                x = self._replicated(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
+                y = sample_weight = None
+            options = (batch_size, verbose, sample_weight, steps, callbacks, return_dict)
+            return super().evaluate(x, y, *options, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
-        """Keras's `predict`; no samples give no scores, [0, 1], instead of an error."""
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+        """Keras's `predict`; no samples give no scores, [0, 1], instead of an error.
+
+        Of several processes under MultiWorkerMirroredStrategy, each predicts all that it is given, by itself.
+        """
         x = self._as_inputs(x)
         arrays = keras.tree.flatten(x) if isinstance(x, dict | list | tuple) else []
         if arrays and all(getattr(array, "shape", None) and array.shape[0] == 0 for array in arrays):
             return np.zeros((0, 1), np.float32)
-        with _streaming(self, x):
-            return super().predict(x, *args, **kwargs)
+        with _streaming(self, x), self._apart():
+            x = self._replicated(x, batch_size=batch_size, steps_per_epoch=steps)
+            return super().predict(x, batch_size, verbose, steps, callbacks)
+
+    @contextlib.contextmanager
+    def _apart(self):
+        """Inside, a process of several is one by itself, so that the others need not do the same."""
+        strategy = self._distribute_strategy
+        if self._is_multi_worker:
+            if tf.distribute.has_strategy():
+                raise ValueError("predict outside of `with strategy.scope():`, each process by itself")
+            self._distribute_strategy = None
+        try:
+            yield
+        finally:
+            self._distribute_strategy = strategy
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         return super().train_on_batch(self._as_inputs(x), self._targets(y), *args, **kwargs)
@@ -397,7 +490,8 @@ class ConfiguredModel(keras.Model):
         return super().test_on_batch(self._as_inputs(x), self._targets(y), *args, **kwargs)
 
     def predict_on_batch(self, x):
-        return super().predict_on_batch(self._as_inputs(x))
+        with self._apart():
+            return super().predict_on_batch(self._as_inputs(x))
 
     def _targets(self, y):
         """The labels as the model's scores are, [B, 1]; arrays once they are known to be ones a loss can use."""
@@ -413,7 +507,20 @@ class ConfiguredModel(keras.Model):
             y = self._checked_labels(y)
         if tf.is_tensor(sample_weight) and sample_weight.dtype.is_floating:
             sample_weight = arguments.usable("sample_weight", sample_weight, what="argument")
-        return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        if not training or replicas.others() is None or getattr(self.loss, "reduction", MEANS[0]) not in MEANS:
+            return loss
+        return self._of_all_samples(loss, tf.shape(y)[0])
+
+    def _of_all_samples(self, loss, samples):
+        """The loss of a replica with the gradient that makes the replicas' together that of the mean over a batch.
+
+        What layers and regularizers add is no mean over samples.
+        """
+        share = replicas.share(samples, replicas.total(samples), loss.dtype)
+        added = tf.add_n([tf.zeros([], loss.dtype), *map(self._aggregate_additional_loss, self.losses)])
+        learned = share * (loss - added) + added
+        return learned + tf.stop_gradient(loss - learned)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Keras's metrics."""
@@ -452,7 +559,7 @@ def _streaming(model, *inputs):
                 fitting(model, stream.features)
                 stream.check_labels(*LABELS[model.plan.task], BAD_LABEL[model.plan.task].split(" is ", 1)[1])
                 stack.enter_context(stream.raising())
-        if any(isinstance(x, Stream) for x in inputs):
+        if any(isinstance(x, Stream | replicated.Batches) and x.num_batches == 0 for x in inputs):
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Your input ran out of data")
         yield

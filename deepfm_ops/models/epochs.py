@@ -20,26 +20,32 @@ class EpochOrder:
         arrays: what `arrays_of` gave.
         batch_size: samples of a batch, the last one of an epoch may have fewer; None: as Keras has it.
         steps_per_epoch: or None.
+        shuffle: False: in their own order.
 
     Attributes:
         seed, epoch: what an order follows from.
 
     """
 
-    def __init__(self, arrays, batch_size, steps_per_epoch=None):
+    def __init__(self, arrays, batch_size, steps_per_epoch=None, shuffle=True):
         self.seed = int(tf.random.uniform((), 0, np.iinfo(np.int32).max, tf.int32))  # follows from the global seed
         self.epoch = 0
-        self._order: tuple[tuple | None, np.ndarray] = None, np.arange(0)
+        self._shuffle = shuffle
         self._nest, self._arrays = arrays, keras.tree.flatten(arrays)
         self._length = len(self._arrays[0])
         self._batch_size = batch_size or (-(-self._length // steps_per_epoch) if steps_per_epoch else 32)
 
-    def batch(self, start):
-        """The arrays of the batch that begins at a place in the order of the epoch."""
-        of = (self.seed, self.epoch)
-        if self._order[0] != of:
-            self._order = of, np.random.default_rng(of).permutation(self._length)
-        rows = self._order[1][start : start + self._batch_size]
+    def __len__(self):
+        return self._length
+
+    def order(self):
+        """The rows of the epoch in their order, int64 [n]."""
+        if not self._shuffle:
+            return np.arange(self._length)
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self._length)
+
+    def take(self, rows):
+        """The arrays of some rows, one behind the other."""
         taken = [np.take(array, rows, axis=0) for array in self._arrays]
         return [x.astype(_dtype(x).as_numpy_dtype, copy=False) for x in taken]
 
@@ -48,13 +54,20 @@ class EpochOrder:
         dtypes = [_dtype(array) for array in self._arrays]
 
         @tf.autograph.experimental.do_not_convert
-        def batch(start):  # of one iteration at a time, in their order
-            parts = tf.numpy_function(self.batch, [start], dtypes)
-            for part, array in zip(parts, self._arrays, strict=True):
-                part.set_shape((None, *array.shape[1:]))
-            return keras.tree.pack_sequence_as(self._nest, parts)
+        def batches(_):  # of an iteration, which has its order for itself: others may have begun
+            order = tf.ensure_shape(tf.numpy_function(self.order, [], tf.int64), (None,))
 
-        dataset = tf.data.Dataset.range(0, self._length, self._batch_size).map(batch)
+            @tf.autograph.experimental.do_not_convert
+            def batch(start):
+                parts = tf.numpy_function(self.take, [order[start : start + self._batch_size]], dtypes)
+                for part, array in zip(parts, self._arrays, strict=True):
+                    part.set_shape((None, *array.shape[1:]))
+                return keras.tree.pack_sequence_as(self._nest, parts)
+
+            return tf.data.Dataset.range(0, self._length, self._batch_size).map(batch)
+
+        number = -(-self._length // self._batch_size)
+        dataset = tf.data.Dataset.range(1).flat_map(batches).apply(tf.data.experimental.assert_cardinality(number))
         options = tf.data.Options()
         options.autotune.enabled = False  # there is nothing to tune
         options.experimental_optimization.apply_default_optimizations = False
@@ -155,8 +168,13 @@ class EpochCallback(keras.callbacks.Callback):
         self.order = order
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._next = epoch + 1
         if self.order is not None:
             self.order.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.order is not None:
+            self.order.epoch = self._next  # of what begins from now on: a strategy reads ahead at once
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.show_averages()

@@ -289,10 +289,12 @@ class DeepFM(ConfiguredModel):
             optimizer = getattr(self, "optimizer", None)
             optimizer = optimizer if optimizer is not None and optimizer.built else None
             fresh = [(table, rows, resizing.fresh_values(table, make, rows, size)) for table, make in layer.tables()]
-            resizing.grow_tables(optimizer, fresh)
+            with self._scope():
+                resizing.grow_tables(optimizer, fresh)
             layer.num_features = self._config["num_features"] = size
         if layer.feature_counts is not None and features.counts is not None:
-            resizing.grow(layer.feature_counts, rows, 0)
+            with self._scope():
+                resizing.grow(layer.feature_counts, rows, 0)
             layer.set_feature_counts(features.counts, features.num_samples)
             self._config["feature_counts"] = counts.packed(counts.checked(features.counts, features.num_features))
             self._config["num_samples"] = features.num_samples

@@ -120,13 +120,16 @@ def with_changes(layer, changes):
 def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed, changes):
     """The deep part: [B, n] to [B, 1]; it is entered in the plan."""
     plan.activation = activation if isinstance(activation, str) else keras.activations.serialize(activation)
+    # Of a batch that replicas share, over all of it: a replica by itself would have statistics of its own, and of no
+    # samples none.
+    shared = {"synchronized": True} if tf.distribute.get_strategy().num_replicas_in_sync > 1 else {}
     for i, units in enumerate(hidden_units):
         initializer = keras.initializers.GlorotNormal(seed_for(seed, 10 + i))
         dense = keras.layers.Dense(
             units, kernel_initializer=initializer, kernel_regularizer=l2_regularizer(l2), name=f"hidden_{i}"
         )
         dense = with_changes(dense, changes)
-        norm = keras.layers.BatchNormalization(name=f"batch_norm_{i}") if batch_norm else None
+        norm = keras.layers.BatchNormalization(name=f"batch_norm_{i}", **shared) if batch_norm else None
         plan.hidden.append((dense, norm))
         x = dense(x) if norm is None else norm(dense(x))
         x = keras.layers.Activation(activation, name=f"activation_{i}")(x)

@@ -11,13 +11,15 @@ LOSS = {"binary": "binary_crossentropy", "regression": "mean_squared_error"}
 NAME = "recommended"
 
 
-def optimizer(variables=()):
+def optimizer(variables=(), rate=1.0):
     """The recommended optimizers: tables learn faster than dense weights, and averages of both are what predicts.
 
-    Weights narrower than float32 have no averages.
+    Weights narrower than float32 have no averages. `rate`: what the learning rates are times.
     """
     average = {"use_ema": all(v.dtype in ("float32", "float64") for v in variables), "ema_momentum": 0.999}
-    return CombinedOptimizer(LazyAdam(3e-3, rare_rate=4.0, **average), LazyAdam(5e-4, **average), name=NAME)
+    return CombinedOptimizer(
+        LazyAdam(3e-3 * rate, rare_rate=4.0, **average), LazyAdam(5e-4 * rate, **average), name=NAME
+    )
 
 
 def batch_size(optimizer, num_samples):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 import deepfm_ops
 from deepfm_ops import DeepFM, _library, optimizers
@@ -19,6 +20,8 @@ HOOKS = [
     (keras.optimizers.Optimizer, "_clip_gradients", ["self", "grads"]),
     (keras.optimizers.Optimizer, "_apply_weight_decay", ["self", "variables"]),
     (keras.Model, "_run_through_graph", ["self", "inputs", "operation_fn", "call_fn"]),
+    (keras.Model, "_maybe_symbolic_build", ["self", "iterator", "data_batch"]),
+    (keras.Model, "_make_function", ["self", "step_function"]),
 ]
 # Hooks that do nothing here, and that Keras would otherwise rewrite whole tables in.
 SILENCED = [
@@ -31,6 +34,7 @@ METHODS = [
     (keras.optimizers.Optimizer, "_var_key"),
     (keras.optimizers.Optimizer, "_use_weight_decay"),
     (keras.Model, "_flatten_layers"),
+    (keras.Model, "_aggregate_additional_loss"),
 ]
 SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "Ftrl": ["_accumulators", "_linears"]}
 MODULES = [
@@ -52,7 +56,7 @@ MODULES = [
     ("keras.src.trainers.data_adapters.data_adapter.DataAdapter", []),
     ("keras.src.trainers.data_adapters", ["get_data_adapter"]),
 ]
-ATTRIBUTES = ["_initial_epoch"]  # of a model, which `fit` reads
+ATTRIBUTES = ["_initial_epoch", "_distribute_strategy"]  # of a model, which `fit` reads
 OPTIMIZERS = ["_iterations", "_trainable_variables", "_trainable_variables_indices"]  # of an optimizer that was built
 VARIABLES = ["_shape", "_initialize"]  # of a keras.Variable
 
@@ -176,6 +180,17 @@ def test_a_resumed_fit_begins_where_the_model_says():
     )
     model.fit((np.ones((2, 2), int), np.ones((2, 2))), np.ones(2), epochs=4, verbose=0, callbacks=[epochs])
     assert seen == [2, 3]
+
+
+def test_the_strategy_of_a_model_can_be_set_aside():
+    """The one that it was made under is what everything of Keras's asks for."""
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = DeepFM(9, 2, 2, (2,))
+    assert model.distribute_strategy is model._distribute_strategy
+    model._distribute_strategy = None
+    assert model.distribute_strategy is tf.distribute.get_strategy()
+    assert callable(tf.__internal__.distribute.ShardedVariable)
+    assert callable(context.context().report_error_to_cluster)
 
 
 def test_the_list_is_complete():

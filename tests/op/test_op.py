@@ -16,7 +16,7 @@ from testing import (
 )
 
 import deepfm_ops
-from deepfm_ops import _library, arguments, ops, reference
+from deepfm_ops import FMInteraction, _library, arguments, ops, reference
 
 # Small integers: every sum is exact, in every dtype and order.
 TABLE = np.array([[1, 2], [3, -1], [0, 4], [-2, 1]], np.float32)
@@ -543,6 +543,10 @@ def without_a_handle():
 def test_a_table_that_the_native_op_cannot_use(make, monkeypatch):
     """The backend "auto" leaves it to TensorFlow; "native" is never something else in silence."""
     table, pairs = make(), arguments.Pairs(tf.constant([[0, 1]]), None, None)
+    if make is without_a_handle:  # but where a replica runs
+        strategy = table.distribute_strategy
+        assert REFERENCE_MODE or strategy.run(lambda: ops.native_for(table) is not None)
+        monkeypatch.setattr(tf.distribute, "get_replica_context", lambda: None)
     assert ops.native_for(table) is None
     np.testing.assert_array_equal(ops.interaction(table, pairs, "scalar")[0], [[1]])
     if REFERENCE_MODE:
@@ -621,3 +625,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     name = "reference.fm_interaction" if fm is reference.fm_interaction else "deepfm_ops.fm_interaction"
     # The update itself may have doubled the peak, so this bound is on what comes after it.
     assert int(run_python(code.format(function=name))) < 100_000  # KiB
+
+
+def of_another_machine():
+    """A variable that says so."""
+    variable = tf.Variable(TABLE)
+    where = property(lambda self: "/job:ps/replica:0/task:1/device:CPU:0")
+    variable.__class__ = type("DistantVariable", (type(variable),), {"device": where})
+    return variable
+
+
+def in_parts():
+    return tf.__internal__.distribute.ShardedVariable([tf.Variable(TABLE[:1]), tf.Variable(TABLE[1:])])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (of_another_machine, "table is on /job:ps/replica:0/task:1/device:CPU:0, and this is /job:localhost/task:0"),
+        (in_parts, "table is a ShardedVariable of 2 parts"),
+    ],
+)
+def test_a_table_that_is_not_on_this_machine(make, message, fm):
+    """It would be read whole, in silence."""
+    with pytest.raises(ValueError, match=f"{message}: .*deepfm_ops.cluster.ShardedDeepFM"):
+        fm(make(), [[0, 1]])
+    layer = FMInteraction(len(TABLE), 2, use_linear=True)
+    layer.build()
+    layer.embeddings._value = make()
+    with pytest.raises(ValueError, match=f"{message}: .*deepfm_ops.cluster.ShardedDeepFM"):
+        tf.function(layer)(tf.constant([[0, 1]]))
+    layer.embeddings._value, layer.w._value = tf.Variable(TABLE), make()
+    with pytest.raises(ValueError, match=message.replace("table", "weights")):
+        layer(tf.constant([[0, 1]]))
