@@ -1,9 +1,9 @@
 """Which process of a cluster this one is, by TF_CONFIG, and whether another one is there. Imports no TensorFlow."""
 
+import dataclasses
 import json
 import os
 import socket
-from typing import NamedTuple
 
 ROLES = ("chief", "ps", "worker")
 FOLLOWED = 75  # the exit code of a server or worker that the chief ended when it failed
@@ -27,7 +27,8 @@ def device(role, index):
     return f"/job:{role}/replica:0/task:{index}/device:CPU:0"
 
 
-class Config(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Config:
     """What TF_CONFIG says, checked.
 
     Attributes:

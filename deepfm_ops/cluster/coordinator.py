@@ -196,8 +196,10 @@ class _ClusterChief(Chief):
             return f"{who} does not say who it is: {_line(answer)}"
         found = json.loads(answer[0])
         for package, version in handshake.here().items():
-            if found[package] != version:
-                return f"{who} has {package} {found[package]}, the chief has {version}: install one version everywhere"
+            if found.get(package) != version:
+                return (
+                    f"{who} has {package} {found.get(package)}, the chief has {version}: install one version everywhere"
+                )
         own = found["role"], found["index"]
         if own != task:
             return f"{who} takes itself for {name(*own)}: start every process with one TF_CONFIG cluster"
@@ -211,7 +213,8 @@ class _ClusterChief(Chief):
             for task in self.config.tasks("ps"):
                 if not self._listens(self.config.address(*task)):
                     self._lose(task, start)
-            self._ask(15.0)
+            if self._lost is None:
+                self._ask(15.0)
         if self._lost is not None:
             raise ClusterError(self._lost) from error
 

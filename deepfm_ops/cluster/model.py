@@ -21,7 +21,7 @@ from deepfm_ops.features import counts
 from deepfm_ops.models import epochs as epochs_
 from deepfm_ops.models import recipe, resizing
 from deepfm_ops.models.base import check_integers, refuse_beside_stream
-from deepfm_ops.models.matrix import DeepFM
+from deepfm_ops.models.matrix import DeepFM, arguments_of
 from deepfm_ops.models.parts import seed_for
 from deepfm_ops.placement import beside
 
@@ -92,7 +92,10 @@ class ShardedDeepFM:
         self._order = None
         self._averages_are_shown = False
 
-    from_features = classmethod(DeepFM.from_features.__func__)
+    @classmethod
+    def from_features(cls, features, **arguments):
+        """As `DeepFM.from_features`."""
+        return cls(**arguments_of(features, arguments))
 
     @property
     def template(self):
@@ -116,7 +119,8 @@ class ShardedDeepFM:
                 dense weights. None: the recommended ones, from three workers on at 2 / workers of their rates, as
                 steps side by side make weights overshoot.
             loss: None: the recommended one.
-            metrics, weighted_metrics: Keras's; the chief updates them, once for every batch.
+            metrics: Keras's; the chief updates them, once for every batch.
+            weighted_metrics: likewise.
 
         Raises:
             ValueError: an optimizer whose step costs whole tables.
@@ -159,10 +163,19 @@ class ShardedDeepFM:
                 (`FeatureDictionary.stream`), whose files each worker reads a part of by itself, from where the chief
                 has them too; or a function that returns a stream. A stream stays where it is: a
                 `cluster.Checkpoint` knows how far its parts were trained on.
-            y, sample_weight: of arrays.
-            batch_size, epochs, verbose, callbacks, validation_split, shuffle, class_weight, initial_epoch: Keras's.
+            y: labels of arrays.
+            batch_size: of arrays.
+            epochs: Keras's.
+            verbose: Keras's.
+            callbacks: Keras's.
+            validation_split: of arrays.
             validation_data: (x, y) or (x, y, sample_weight), or a stream.
-            validation_batch_size, validation_freq: Keras's.
+            shuffle: of arrays.
+            class_weight: of arrays.
+            sample_weight: of arrays.
+            initial_epoch: Keras's.
+            validation_batch_size: of arrays; None: batch_size.
+            validation_freq: Keras's.
             in_flight: steps at a time. None: as many as there are workers. With 1, or one worker, the result follows
                 from the seed.
 
@@ -333,8 +346,7 @@ class ShardedDeepFM:
         self.template.reset_metrics()
         logs = {}
         for _, results in self._results(kind, feed, weighted, what, in_flight, prefetch):
-            loss, *columns = results[0], *results[1:].reshape(3 if weighted else 2, -1, 1)
-            logs = self._counted(loss, *columns)
+            logs = self._counted(results[0], *results[1:].reshape(3 if weighted else 2, -1, 1))
             if callbacks is not None:
                 callbacks.on_train_batch_begin(self.step)
                 self.step += 1

@@ -130,7 +130,7 @@ class Pass:
 
     def _keep(self, worker, batch, got):
         if batch.inputs is None:
-            status, after, got = *map(self._here, got[:2]), got[2]
+            status, after, got = self._here(got[0]), self._here(got[1]), got[2]
             if status == feeding.OVER:
                 self._feed.is_over(batch)
             if status != feeding.READ:

@@ -13,7 +13,7 @@ GONE = 8.0  # seconds without an answer after which a chief that was there is ta
 WAIT = 600.0
 
 failed = threading.Event()  # an exception ends this process
-_before = None  # the hook that was there
+_before = []  # the hook that was there
 _chief = None
 _said = set()
 
@@ -50,9 +50,9 @@ def serve_or_continue(wait=WAIT):
 
 def _hook():
     """Makes ClusterErrors that nothing catches one line, and notes that this process failed."""
-    global _before
-    if _before is None:
-        _before, sys.excepthook = sys.excepthook, _hooked
+    if not _before:
+        _before.append(sys.excepthook)
+        sys.excepthook = _hooked
 
 
 def watched_by(chief):
@@ -78,7 +78,7 @@ def _hooked(kind, error, traceback):
     except ClusterError as cause:
         say(str(cause))
     else:
-        _before(kind, error, traceback)
+        _before[0](kind, error, traceback)
 
 
 def _serve(config, wait):

@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from deepfm_ops import _library
 from deepfm_ops.cluster import feeding
+from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.cluster.tables import Table, is_wide, on_each, split
 from deepfm_ops.features import counts
-from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.layers import NOT_COUNTED
 from deepfm_ops.models import resizing
 from deepfm_ops.optimizers import _Sparse
@@ -138,7 +138,8 @@ class Steps:
         Args:
             rows: int64 [n], ascending, those that get fresh values, the added ones among them.
             size: rows of the tables from now on.
-            counted, num_samples: see the class.
+            counted: see the class.
+            num_samples: likewise.
 
         """
         parts, grown = len(self.servers), []

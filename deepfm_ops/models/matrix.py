@@ -246,17 +246,7 @@ class DeepFM(ConfiguredModel):
             ((4,), (2, 4))
 
         """
-        named = isinstance(features, FeatureDictionary)
-        if not named and not features.has_fields:
-            if arguments.setdefault("use_deep", False):
-                raise ValueError(
-                    "libsvm rows have no fields, which a deep part needs: the k-th pair of one row is another thing "
-                    "than that of the next. Leave use_deep out (False is the default here), or write the rows as libffm"
-                )
-        known = {"field_sizes": features.field_sizes, "hidden_units": recipe.HIDDEN_UNITS}
-        known |= {"features": features} if named else {}
-        known |= {"feature_counts": features.counts, "num_samples": features.num_samples}
-        return cls(features.num_features, features.num_fields, **{**known, **arguments})
+        return cls(**arguments_of(features, arguments))
 
     def resize(self, features):
         """Follows its FeatureDictionary after `update` and `evict`: rows are added, nothing moves.
@@ -343,6 +333,22 @@ class DeepFM(ConfiguredModel):
 
     def _column_names(self):
         return [field.name for field in self._features.fields]
+
+
+def arguments_of(features, arguments):
+    """The arguments of a DeepFM over the matrices of a FeatureDictionary, but for those that are given."""
+    named = isinstance(features, FeatureDictionary)
+    if not named and not features.has_fields:
+        if arguments.setdefault("use_deep", False):
+            raise ValueError(
+                "libsvm rows have no fields, which a deep part needs: the k-th pair of one row is another thing "
+                "than that of the next. Leave use_deep out (False is the default here), or write the rows as libffm"
+            )
+    known = {"field_sizes": features.field_sizes, "hidden_units": recipe.HIDDEN_UNITS}
+    known |= {"features": features} if named else {}
+    known |= {"feature_counts": features.counts, "num_samples": features.num_samples}
+    known |= {"num_features": features.num_features, "num_fields": features.num_fields}
+    return {**known, **arguments}
 
 
 def _values(inputs):

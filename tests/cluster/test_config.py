@@ -28,7 +28,7 @@ def read(found):
 
 def test_what_it_says():
     found = read(text(("ps", 1)))
-    assert found == (CLUSTER, "ps", 1) and found.name == "ps 1"
+    assert found == config.Config(CLUSTER, "ps", 1) and found.name == "ps 1"
     assert found.tasks() == [("chief", 0), ("ps", 0), ("ps", 1), ("worker", 0)]
     assert found.tasks("worker", "chief") == [("worker", 0), ("chief", 0)]
     assert found.address("ps", 1) == ("::1", 2) and found.address("chief") == ("a", 1)

@@ -240,7 +240,7 @@ print("more", run(10), flush=True)
         assert int(re.search(r"chief \| more (\d+)", log)[1]) in (20, 21)  # a step in flight is run again
         assert f"servers {[device('ps', 0)]} workers {[device('worker', 0)]}" in log
         assert log.count("launch |") == 1 and "deepfm_ops.cluster:" not in log
-        assert "chief | worker 0 is lost; until it is back its steps run on other workers" in log
+        assert re.search("^chief .*worker 0 is lost; until it is back its steps run on other workers$", log, re.M)
         assert "ERROR:tensorflow" not in log and "Traceback" not in log
         job.nothing_is_left()
 
