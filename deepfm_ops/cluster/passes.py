@@ -111,7 +111,7 @@ class Pass:
     def _run(self, worker, batch, inputs, following):
         """The results of a batch; what comes next is got meanwhile, and held."""
         device = self._cluster.workers[worker]
-        if following is not None:
+        if self._both is not None and following is not None:
             try:
                 with _naming(batch), tf.device(device):
                     results, got = self._both(*inputs, *self._asked(following))

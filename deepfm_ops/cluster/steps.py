@@ -9,7 +9,7 @@ import tensorflow as tf
 from deepfm_ops import _library
 from deepfm_ops.cluster import feeding
 from deepfm_ops.cluster.initializers import rows_of
-from deepfm_ops.cluster.tables import Table, is_wide, on_each, split
+from deepfm_ops.cluster.tables import CHUNK, Table, is_wide, on_each, split
 from deepfm_ops.features import counts
 from deepfm_ops.layers import NOT_COUNTED
 from deepfm_ops.models import resizing
@@ -124,9 +124,14 @@ class Steps:
         """What showing averages and hiding them again does to lags, to the same bits."""
 
         def settle(variable):
+            if (found := self.lag_of(variable)) is None:
+                return
             with beside(variable):
-                raw = tf.convert_to_tensor(variable.value)
-                self.lag_of(variable)[0].assign(self.average(variable, raw) - raw)
+                for begin in range(0, variable.shape[0], CHUNK) if variable.shape.rank else ():
+                    local = tf.range(begin, min(begin + CHUNK, variable.shape[0]))
+                    raw = tf.gather(variable.value, local)
+                    late = self.average(variable, raw, local) - raw
+                    found[0].scatter_update(tf.IndexedSlices(late, local))
 
         on_each(settle, self.trainable)
         for part in self.parts:
