@@ -12,11 +12,11 @@ SCRIPT = pathlib.Path(__file__).with_name("training.py")
 LIMIT = 200  # seconds, and only against hanging
 
 
-def launch(*arguments, servers=2, workers=2, restarts=0):
+def launch(*arguments, servers=2, workers=2, restarts=0, before=()):
     counts = ["--ps", str(servers), "--workers", str(workers), "--restarts", str(restarts)]
     command = [sys.executable, "-m", "deepfm_ops.cluster", "launch", *counts, str(SCRIPT), *map(str, arguments)]
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "TF_NUM_INTRAOP_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=env)
+    done = subprocess.run([*before, *command], capture_output=True, text=True, timeout=LIMIT, env=env)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -69,3 +69,13 @@ def test_the_chief_is_killed_and_the_job_starts_again_with_more_servers(folder):
     assert code == 0, log[-5000:]
     whole, killed = (json.loads((folder / f"{name}.json").read_text()) for name in ("whole", "chief"))
     assert killed == whole | {"servers": 3}
+
+
+def test_bytes_of_a_step(tmp_path):
+    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode != 0:
+        pytest.skip("no network of one's own can be made here")
+    code, log = launch("traffic", tmp_path, workers=1, before=alone)
+    assert code == 0, log[-5000:]
+    for wire, found in json.loads((tmp_path / "traffic.json").read_text()).items():
+        assert found["formula"] < found["seen"] < 1.05 * found["formula"] + 40_000, (wire, found)

@@ -122,6 +122,32 @@ def resumed(folder, name, victims):
     (folder / f"{name}.json").write_text(json.dumps({"servers": len(model.cluster.servers), "digest": digest}))
 
 
+def sent():
+    """Bytes that went over this namespace's loopback."""
+    (line,) = (line for line in pathlib.Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[0])
+
+
+def traffic(folder):
+    """Bytes of a step, and what the formula says of them: rows and their gradients once each, dense weights too."""
+    rng, size, fields, width, steps = np.random.default_rng(0), 2048, 20, 16, 20
+    ids = np.minimum(rng.zipf(1.2, (size * steps, fields)), 50_000) - 1
+    inputs, labels = (ids, np.ones(ids.shape, "float32")), np.zeros(len(ids))
+    found = {}
+    for wire, bytes_each in (("float32", 4), ("bfloat16", 2)):
+        model = cluster.ShardedDeepFM(50_000, fields, width, (64,), seed=0, wire=wire)
+        model.compile(optimizers.LazyAdam(1e-3))
+        ends = []
+        at_end = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, ends=ends: ends.append(sent()))
+        model.fit(inputs, labels, size, shuffle=False, verbose=0, callbacks=[at_end], in_flight=1)
+        unique = np.mean([len(np.unique(ids[start : start + size])) for start in range(0, len(ids), size)])
+        rows = unique * (4 + 2 * (width + 1) * bytes_each)
+        dense = 2 * 4 * sum(int(np.prod(v.shape)) for v in model.template.trainable_variables if v.shape[0] != 1)
+        batch = size * (fields * 12 + 4 + 8)
+        found[wire] = {"seen": float(np.mean(np.diff(ends)[3:])), "formula": rows + dense + batch}
+    (folder / "traffic.json").write_text(json.dumps(found))
+
+
 def main():
     kind, folder = sys.argv[1], pathlib.Path(sys.argv[2])
     if kind == "equal":
@@ -130,6 +156,8 @@ def main():
         stream(found, folder)
         resumed(folder, "whole", [])
         (folder / "found.json").write_text(json.dumps(found))
+    elif kind == "traffic":
+        traffic(folder)
     elif kind == "server":
         resumed(folder, "server", [("ps", 1)])
     elif kind == "chief":
