@@ -22,13 +22,13 @@ TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("
 SOURCES := $(shell find csrc -type f)
 
 INDEPENDENT := models/test_saving models/test_private_names serving/test_scorer serving/test_serve serving/test_shards \
-  $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
+  $(addprefix cluster/test_,config launch model storage training) $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
   $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources) \
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix docs demo demo-logs bench bench-full bench-train bench-serve bench-learning bench-data \
-  bench-peers sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo demo-logs demo-cluster bench bench-full bench-train bench-serve bench-learning bench-data \
+  bench-cluster bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -73,6 +73,9 @@ ROWS ?= 10000000
 demo-logs: setup
 	$(BIN)/python examples/criteo.py --rows $(ROWS)
 
+demo-cluster: setup
+	$(BIN)/python -m deepfm_ops.cluster launch --ps 2 --workers 2 examples/cluster.py
+
 bench: setup
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/op.py
@@ -94,6 +97,11 @@ bench-learning: setup
 
 bench-data: setup
 	$(BIN)/python bench/data.py
+	$(BIN)/python bench/report.py
+
+# Its networks are namespaces of their own, which take root, or a system that lets anyone make one.
+bench-cluster: setup
+	$(BIN)/python bench/cluster.py
 	$(BIN)/python bench/report.py
 
 bench-full: setup

@@ -1,10 +1,13 @@
 """A stream of made-up batches, each of them made where it is read."""
 
+import functools
 import types
 
 import numpy as np
 
 from deepfm_ops.data.stream import Stream
+
+DIFFERENT = 8  # batches, made once in each process: making one takes longer than a step
 
 
 class ZipfStream(Stream):
@@ -45,14 +48,15 @@ class ZipfStream(Stream):
             self.at += 1
             if self.at == len(mine):
                 self.epoch, self.at = epoch + 1, 0
-            yield self.made(epoch, number)
+            yield made(self.features.num_features, self.features.num_fields, self.size, number % DIFFERENT)
 
-    def made(self, epoch, number):
-        rng = np.random.default_rng((epoch, number))
-        shape = self.size, self.features.num_fields
-        ids = np.minimum(rng.zipf(1.05, shape), 10**12) * 2654435761 % self.features.num_features
-        labels = (rng.random(self.size) < 0.3).astype(np.float32)
-        return (ids, np.ones(shape, np.float32)), labels
+
+@functools.cache
+def made(num_features, num_fields, size, number):
+    rng, shape = np.random.default_rng(number), (size, num_fields)
+    ids = np.minimum(rng.zipf(1.05, shape), 10**12) * 2654435761 % num_features
+    labels = (rng.random(size) < 0.3).astype(np.float32)
+    return (ids, np.ones(shape, np.float32)), labels
 
 
 def make(sizes, _, options, state):
