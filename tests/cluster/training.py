@@ -124,8 +124,8 @@ def resumed(folder, name, victims):
 
 def sent():
     """Bytes that went over this namespace's loopback."""
-    (line,) = (line for line in pathlib.Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
-    return int(line.split(":")[1].split()[0])
+    lines = pathlib.Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
 
 
 def traffic(folder):
