@@ -1,6 +1,5 @@
 // Which rows of a table that is split over machines a batch needs, by part. No arithmetic.
 #include "../kernels/split.h"
-
 #include "op_common.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -36,8 +35,7 @@ class SplitRowsOp : public Kernel {
   void Split(OpKernelContext* ctx, const RowGroups& groups, const Sizes& sizes, const Parallel& pool) {
     const std::vector<int64_t> counts = CountOfParts(groups, parts_);
     std::vector<I*> local;
-    for (int part = 0; part < parts_; ++part)
-      local.push_back(static_cast<I*>(Allocate(ctx, 1 + part, {counts[part]})));
+    for (int part = 0; part < parts_; ++part) local.push_back(static_cast<I*>(Allocate(ctx, 1 + part, {counts[part]})));
     SplitRows(groups, counts, local, static_cast<int64_t*>(Allocate(ctx, 0, sizes)), pool);
   }
 
