@@ -13,9 +13,23 @@ from deepfm_ops import cluster
 cluster.serve_or_continue(wait=300)
 
 import keras  # noqa: E402
-from zipf_stream import ZipfStream  # noqa: E402
+import numpy as np  # noqa: E402
+from zipf_stream import DIFFERENT, ZipfStream, made  # noqa: E402
 
 from deepfm_ops import DeepFM, optimizers  # noqa: E402
+
+
+def formula(job, turn, model):
+    """Bytes of a step, as docs/scaling.md has them."""
+    sizes, servers = job["model"], len(model.cluster.servers)
+    width, batch = sizes["embedding_dim"], job["batch_size"]
+    ids = [made(sizes["num_features"], sizes["num_fields"], batch, number)[0][0] for number in range(DIFFERENT)]
+    unique = sum(len(np.unique(some)) for some in ids) / DIFFERENT
+    if not sizes["use_deep"] and len(model.cluster.workers) > 1:  # sums
+        return servers * batch * 4 * (2 * width + 4) + 8 * batch * sizes["num_fields"] + 8 * batch
+    each = 2 if turn.get("wire") == "bfloat16" else 4
+    dense = sum(int(np.prod(v.shape)) for v in model.template.trainable_variables if v.shape[0] != 1)
+    return unique * (4 + 2 * each * (width + 1)) + 8 * dense + 8 * batch
 
 
 def sent():
@@ -46,7 +60,8 @@ def main():
         clock = Clock()
         stream = ZipfStream(*sizes, job["batch_size"], job["batches"])
         model.fit(stream, verbose=0, callbacks=[clock], in_flight=turn.get("in_flight"))
-        found.append({"turn": turn, "seconds": clock.seconds, "bytes": clock.bytes})
+        said = formula(job, turn, model)
+        found.append({"turn": turn, "seconds": clock.seconds, "bytes": clock.bytes, "formula": said})
         del model
     if job.get("local"):
         model = DeepFM(**job["model"])

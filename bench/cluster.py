@@ -1,0 +1,159 @@
+"""Steps of ShardedDeepFM over servers and workers of this machine, each in a network of its own: `make bench-cluster`.
+
+Bytes are counted where they leave a process's network, beside the formula of docs/scaling.md; times are of this machine's
+cores, which all processes share. Takes root, for `ip netns` and `tc`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from common import machine
+
+HERE = pathlib.Path(__file__).parent
+B, F, K, V = 4096, 39, 16, 1_000_000
+FM = {"num_features": V, "num_fields": F, "embedding_dim": K, "use_deep": False, "seed": 0}
+DEEP = {**FM, "use_deep": True, "hidden_units": [400, 400, 400]}
+LIMIT = 900  # seconds, of one job
+
+
+def command(*words):
+    subprocess.run(list(map(str, words)), check=True)
+
+
+@contextlib.contextmanager
+def networks(number, megabits=None):
+    """Names of so many networks on one bridge; megabits per second of each, both ways, or None."""
+    bridge, names = "deepfmb", [f"deepfm{index}" for index in range(number)]
+    try:
+        command("ip", "link", "add", bridge, "type", "bridge")
+        command("ip", "link", "set", bridge, "up")
+        for index, name in enumerate(names):
+            command("ip", "netns", "add", name)
+            command("ip", "link", "add", f"{name}o", "type", "veth", "peer", "name", f"{name}i", "netns", name)
+            command("ip", "link", "set", f"{name}o", "master", bridge, "up")
+            inside = ["ip", "-n", name]
+            command(*inside, "addr", "add", f"10.77.0.{index + 1}/24", "dev", f"{name}i")
+            command(*inside, "link", "set", f"{name}i", "up")
+            command(*inside, "link", "set", "lo", "up")
+            if megabits and megabits[index]:
+                rate = ["root", "tbf", "rate", f"{megabits[index]}mbit", "burst", "256k", "latency", "400ms"]
+                command("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", f"{name}i", *rate)
+                command("tc", "qdisc", "add", "dev", f"{name}o", *rate)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+def run_alone(servers, workers, job):
+    """What `cluster_job.py` found, of a job whose processes share a loopback of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "out.json"
+        launch = [sys.executable, "-m", "deepfm_ops.cluster", "launch", "--ps", str(servers), "--workers", str(workers)]
+        words = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *launch]
+        words += [str(HERE / "cluster_job.py"), json.dumps(job), str(out)]
+        env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, env=env)
+        if not out.exists():
+            sys.exit((done.stdout + done.stderr)[-3000:])
+        return json.loads(out.read_text())
+
+
+def run_apart(servers, workers, job, megabits=None, threads=None):
+    """The same, each process in a network of its own; a worker's is as slow as is said."""
+    tasks = [("chief", 0), *(("ps", i) for i in range(servers)), *(("worker", i) for i in range(workers))]
+    slow = [megabits if role == "worker" else None for role, _ in tasks] if megabits else None
+    cluster = {"chief": [], "ps": [], "worker": []}
+    for index, (role, _) in enumerate(tasks):
+        cluster[role].append(f"10.77.0.{index + 1}:2222")
+    with networks(len(tasks), slow) as names, tempfile.TemporaryDirectory() as folder:
+        out, processes = pathlib.Path(folder) / "out.json", []
+        try:
+            for name, (role, index) in zip(names, tasks, strict=True):
+                env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+                env["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": role, "index": index}})
+                if threads:
+                    env |= {"TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads + 1)}
+                words = ["ip", "netns", "exec", name, sys.executable, str(HERE / "cluster_job.py"), json.dumps(job)]
+                log = open(pathlib.Path(folder) / f"{role}{index}.log", "w")
+                processes.append(subprocess.Popen([*words, str(out)], env=env, stdout=log, stderr=log))
+            processes[0].wait(LIMIT)
+            if not out.exists():
+                sys.exit((pathlib.Path(folder) / "chief0.log").read_text()[-3000:])
+            return json.loads(out.read_text())
+        finally:
+            for process in processes:
+                process.terminate()
+            time.sleep(0.5)
+            for process in processes:
+                process.kill()
+
+
+def per_step(found, skip=4):
+    """(median ms, MB sent by all processes) of a step."""
+    seconds, bytes_ = np.array(found["seconds"]), np.array(found["bytes"])
+    return float(np.median(np.diff(seconds)[skip:])) * 1e3, float(np.mean(np.diff(bytes_)[skip:])) / 1e6
+
+
+def rate(found, skip=12):
+    """Steps per second of all workers together, without the first ones."""
+    seconds = found["seconds"][skip:]
+    return (len(seconds) - 1) / (seconds[-1] - seconds[0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("bytes", "time", "workers"), default=["bytes", "time", "workers"]
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of the times")
+    parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "cluster.json")
+    arguments = parser.parse_args()
+    known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    report = known | {"machine": machine(), "command": "python " + " ".join(sys.argv)}
+    base = {"batch_size": B}
+    if "bytes" in arguments.parts:
+        report["bytes"] = []
+        turns = [{"in_flight": 1}, {"in_flight": 1, "wire": "bfloat16"}]
+        for name, model in (("FM", FM), ("DeepFM 3x400", DEEP)):
+            for servers in (1, 2, 4):
+                for found in run_alone(servers, 1, {**base, "model": model, "batches": 16, "turns": turns}):
+                    _, megabytes = per_step(found)
+                    row = {"model": name, "servers": servers, "wire": found["turn"].get("wire", "float32")}
+                    report["bytes"].append(row | {"megabytes": megabytes, "formula": found["formula"] / 1e6})
+                    print(report["bytes"][-1], flush=True)
+        for servers in (2, 4, 8):
+            (found,) = run_alone(servers, 2, {**base, "model": FM, "batches": 24, "turns": [{}]})
+            row = {"model": "FM, sums", "servers": servers, "wire": "float32", "megabytes": per_step(found)[1]}
+            report["bytes"].append(row | {"formula": found["formula"] / 1e6})
+            print(report["bytes"][-1], flush=True)
+    if "time" in arguments.parts:
+        report["time"] = []
+        for _ in range(arguments.rounds):
+            for name, model in (("FM", FM), ("DeepFM 3x400", DEEP)):
+                job = {**base, "model": model, "batches": 40, "local": True, "turns": [{}, {"prefetch": True}]}
+                plain, ahead, local = (per_step(found)[0] for found in run_alone(1, 1, job))
+                report["time"].append({"model": name, "cluster": plain, "prefetch": ahead, "local": local})
+                print(report["time"][-1], flush=True)
+    if "workers" in arguments.parts:
+        report["workers"] = []
+        for _ in range(arguments.rounds):
+            for workers in (1, 2, 4):
+                job = {**base, "model": DEEP, "batches": 16 + 14 * workers, "turns": [{}]}
+                (found,) = run_apart(2, workers, job, megabits=200, threads=1)
+                report["workers"].append({"workers": workers, "megabits": 200, "steps per second": rate(found)})
+                print(report["workers"][-1], flush=True)
+    arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
