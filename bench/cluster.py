@@ -1,6 +1,6 @@
-"""Steps of ShardedDeepFM over servers and workers of this machine, each in a network of its own: `make bench-cluster`.
+"""Steps of ShardedDeepFM over servers and workers of this machine, in networks of their own: `make bench-cluster`.
 
-Bytes are counted where they leave a process's network, beside the formula of docs/scaling.md; times are of this machine's
+Bytes are counted where they leave a process, beside the formula of docs/scaling.md; times are of this machine's
 cores, which all processes share. Takes root, for `ip netns` and `tc`.
 """
 
@@ -17,11 +17,14 @@ import time
 import numpy as np
 from common import machine
 
+from deepfm_ops.data.synthetic import ClickLog
+
 HERE = pathlib.Path(__file__).parent
 B, F, K, V = 4096, 39, 16, 1_000_000
 FM = {"num_features": V, "num_fields": F, "embedding_dim": K, "use_deep": False, "seed": 0}
 DEEP = {**FM, "use_deep": True, "hidden_units": [400, 400, 400]}
-LIMIT = 900  # seconds, of one job
+PARTS = ("bytes", "time", "workers", "quality")
+LIMIT = 3000  # seconds, of one job
 
 
 def command(*words):
@@ -116,6 +119,7 @@ def main():
         "--parts", nargs="+", choices=("bytes", "time", "workers"), default=["bytes", "time", "workers"]
     )
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
+    parser.add_argument("--rows", type=int, default=400_000, help="of the log that quality is measured on")
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "cluster.json")
     arguments = parser.parse_args()
     known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
@@ -152,6 +156,17 @@ def main():
                 (found,) = run_apart(2, workers, job, megabits=200, threads=1)
                 report["workers"].append({"workers": workers, "megabits": 200, "steps per second": rate(found)})
                 print(report["workers"][-1], flush=True)
+    if "quality" in arguments.parts:
+        report["quality"] = []
+        with tempfile.TemporaryDirectory() as log:
+            ClickLog().write(log, range(4), arguments.rows // 4, 2, format="tsv")
+            for optimizer in ("LazyAdam", "recommended"):
+                turns = [{"optimizer": optimizer, "in_flight": number} for number in (1, 2, 4)]
+                turns += [{"optimizer": optimizer, "in_flight": 1, "wire": "bfloat16"}]
+                job = {"log": log, "seeds": [0, 1, 2], "turns": turns}
+                report["quality"] += run_alone(2, 4, job)
+                print(*report["quality"][-12:], sep="\n", flush=True)
+                arguments.json.write_text(json.dumps(report, indent=1))
     arguments.json.write_text(json.dumps(report, indent=1))
 
 

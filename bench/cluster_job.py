@@ -3,6 +3,7 @@
 cluster_job.py '{"model": {...}, "batches": 20, ...}' OUT
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -16,7 +17,8 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 from zipf_stream import DIFFERENT, ZipfStream, made  # noqa: E402
 
-from deepfm_ops import DeepFM, optimizers  # noqa: E402
+from deepfm_ops import DeepFM, FeatureDictionary, optimizers  # noqa: E402
+from deepfm_ops.data.synthetic import ClickLog  # noqa: E402
 
 
 def formula(job, turn, model):
@@ -50,8 +52,32 @@ class Clock(keras.callbacks.Callback):
         self.bytes.append(sent())
 
 
+def quality(job):
+    """AUC of the day after, of a pass over a made-up log, for each turn and seed."""
+    log, folder = ClickLog(), pathlib.Path(job["log"])
+    days = [sorted(folder.glob(f"day-{day:02}-part-*.tsv")) for day in range(4)]
+    features = FeatureDictionary(min_count=4)
+    numeric = dict.fromkeys(log.numeric, "log1p")
+    features.fit(sum(days[:3], []), numeric=numeric, categorical=log.categorical, label="label")
+    found = []
+    for seed, turn in itertools.product(job["seeds"], job["turns"]):
+        keras.utils.set_random_seed(seed)
+        wire = turn.get("wire", "float32")
+        model = cluster.ShardedDeepFM.from_features(features, seed=seed, wire=wire)
+        model.compile(optimizers.LazyAdam(1e-3) if turn["optimizer"] == "LazyAdam" else None, metrics=["AUC"])
+        stream = features.stream(sum(days[:3], []), 1024, shuffle="rows", seed=seed)
+        model.fit(stream, verbose=0, in_flight=turn["in_flight"])
+        tested = model.evaluate(features.stream(days[3], 8192), return_dict=True)
+        found.append({**turn, "seed": seed, "AUC": tested["AUC"], "logloss": tested["loss"]})
+        print(found[-1], flush=True)
+    return found
+
+
 def main():
     job = json.loads(sys.argv[1])
+    if "log" in job:
+        pathlib.Path(sys.argv[2]).write_text(json.dumps(quality(job)))
+        return
     sizes = job["model"]["num_features"], job["model"]["num_fields"]
     found = []
     for turn in job["turns"]:

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import matplotlib
+import report_cluster
 import report_data
 import report_learning
 import report_serve
@@ -190,8 +191,8 @@ def main():
     lines = [
         "# Results",
         "",
-        "Written by `make bench`, `bench-train`, `bench-serve`, `bench-learning` and `bench-data`; change nothing here",
-        "by hand.",
+        "Written by `make bench`, `bench-train`, `bench-serve`, `bench-learning`, `bench-data` and `bench-cluster`;",
+        "change nothing here by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
         "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
@@ -229,6 +230,8 @@ def main():
         lines += report_learning.lines(json.loads((RESULTS / "learning.json").read_text()), RESULTS)
     if (RESULTS / "data.json").exists():
         lines += report_data.lines(json.loads((RESULTS / "data.json").read_text()), RESULTS)
+    if (RESULTS / "cluster.json").exists():
+        lines += report_cluster.lines(json.loads((RESULTS / "cluster.json").read_text()))
     lines.append("")
     (HERE / "RESULTS.md").write_text("\n".join(lines))
     print("\n".join(target_table(report.targets())))

@@ -196,7 +196,7 @@ class StreamParts:
 
 _jobs = {}  # job: what makes its stream
 _reading = {}  # (job, part, parts): (state, stream, iterator)
-UNKNOWN, READ, OVER = b"unknown", b"read", b"over"
+UNKNOWN, OVER = b"unknown", b"over"
 
 
 @remote.function(tf.bool)
@@ -208,7 +208,7 @@ def install(job, content):
     return np.True_
 
 
-@remote.function(tf.string, tf.string, tf.int64, tf.float32, tf.float32)
+@remote.function(tf.string, tf.int64, tf.float32, tf.float32)
 def next_batch(job, state):
     """The batch of a stream from a position on.
 
@@ -217,13 +217,13 @@ def next_batch(job, state):
         state: a stream's state, JSON.
 
     Returns:
-        UNKNOWN, READ or OVER, the state after it, indices [B, P], values [B, P], labels [B] (none: [0]).
+        the state after it, or UNKNOWN or OVER if there is none; indices [B, P], values [B, P], labels [B] (none: [0]).
 
     """
     nothing = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
     job, state = job.decode(), json.loads(state)
     if job not in _jobs:
-        return UNKNOWN, b"", *nothing
+        return UNKNOWN, *nothing
     place = (job, *state["shard"])
     at, stream, batches = _reading.get(place, (None, None, None))
     if at != state:
@@ -233,8 +233,8 @@ def next_batch(job, state):
     batch, after = next(batches, None), stream.state()
     _reading.pop(place, None)
     if batch is None:
-        return OVER, b"", *nothing
+        return OVER, *nothing
     if after["epoch"] == state["epoch"]:
         _reading[place] = after, stream, batches
     (indices, values), *labels = batch
-    return READ, json.dumps(after).encode(), indices, values, labels[0] if labels else nothing[2]
+    return json.dumps(after).encode(), indices, values, labels[0] if labels else nothing[2]

@@ -130,10 +130,13 @@ class Pass:
 
     def _keep(self, worker, batch, got):
         if batch.inputs is None:
-            status, after, got = self._here(got[0]), self._here(got[1]), got[2]
-            if status == feeding.OVER:
+            after, got = self._here(got[0]), got[1]
+            if after == feeding.UNKNOWN:  # a worker that was not there before
+                with tf.device(self._cluster.workers[worker]):
+                    feeding.install(self._feed.job, self._feed.content)
+                return
+            if after == feeding.OVER:
                 self._feed.is_over(batch)
-            if status != feeding.READ:
                 return
             self._feed.read(worker, batch, json.loads(after))
         self._held[worker] = batch, got
@@ -143,9 +146,6 @@ class Pass:
         while (batch := self._feed.take(worker)) is not None:
             with _naming(batch), tf.device(self._cluster.workers[worker]):
                 got = self._first(*self._asked(batch))
-                if batch.inputs is None and self._here(got[0]) == feeding.UNKNOWN:
-                    feeding.install(self._feed.job, self._feed.content)
-                    got = self._first(*self._asked(batch))
             self._keep(worker, batch, got)
             if worker in self._held:
                 return self._held.pop(worker)

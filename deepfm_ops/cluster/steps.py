@@ -368,13 +368,13 @@ class Steps:
         return pull, self._of_batch(weighted)
 
     def _make_read(self, job, what):
-        """A stream's state to (what came of reading there, the state after, what a step needs)."""
+        """A stream's state to (the state after the batch there, see `feeding.next_batch`; what a step needs)."""
 
         def read(state):
-            status, after, indices, values, labels = feeding.next_batch(job, state)
+            after, indices, values, labels = feeding.next_batch(job, state)
             indices, values = tf.reshape(indices, [-1, self._columns]), tf.reshape(values, [-1, self._columns])
             needed = self._pulled(what, indices, values), values, tf.reshape(labels, [-1, 1]), tf.zeros([0])
-            return status, after, needed
+            return after, needed
 
         return read, [tf.TensorSpec((), tf.string)]
 
