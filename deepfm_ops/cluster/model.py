@@ -75,7 +75,8 @@ class ShardedDeepFM:
         counted = arguments["feature_counts"]
         counted = None if counted is None else counts.checked(counted, self.num_features)
         self.features = copy.copy(arguments.pop("features"))  # another fit makes the caller's another dictionary
-        self.wire, self.prefetch, self._arguments = wire, prefetch, arguments
+        self.wire, self.prefetch = wire, prefetch
+        self._arguments = arguments
         one_row = {**arguments, "num_features": 1, "feature_counts": None if counted is None else [1]}
         self.cluster = connect(wait)
         self._steps = Steps(

@@ -38,6 +38,7 @@ METHODS = [
 ]
 SLOTS = {"Adagrad": ["_accumulators"], "Adam": ["_momentums", "_velocities"], "Ftrl": ["_accumulators", "_linears"]}
 MODULES = [
+    ("tensorflow.python.distribute.coordinator.coordinator_context", ["get_current_dispatch_context"]),
     ("tensorflow.python.eager.context", ["context", "executor_scope"]),
     ("tensorflow.python.eager.execute", ["record_gradient"]),
     ("tensorflow.python.eager.executor", ["new_executor"]),
@@ -207,3 +208,19 @@ def test_the_list_is_complete():
             assert {f"{module}.{name}" for name in names.split(", ")} <= set(dict(MODULES))
     assert used - (own - {"_accumulators"}) <= listed
     assert {name for _, name, _ in HOOKS} <= used
+
+
+def test_the_coordinator_takes_functions_of_python():
+    """`cluster.passes` schedules them by a name that is not public, as the public one takes graphs alone."""
+    from tensorflow.python.distribute.coordinator import cluster_coordinator
+
+    parameters = inspect.signature(cluster_coordinator.Cluster.schedule).parameters
+    assert list(parameters) == ["self", "function", "args", "kwargs"]
+    assert "self._cluster.schedule(" in inspect.getsource(cluster_coordinator.ClusterCoordinator.schedule)
+    assert "regular python function" in inspect.getsource(cluster_coordinator.Closure)
+
+
+def test_a_model_tracks_its_loss():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert model._loss_tracker in model.metrics
