@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import shutil
 import sys
@@ -36,15 +37,18 @@ DAYS, FILES_PER_DAY = NEXT_DAY + 1, 2
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def megabytes(who):
-    return resource.getrusage(who).ru_maxrss / 1024
+def megabytes():
+    """The most memory of this process; what the system says besides holds what its parent had when it was started."""
+    status = pathlib.Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
 
 
 def report(start, rows=None):
     """Prints how long something took, and the memory that this process needed at most so far."""
     seconds = time.perf_counter() - start
     speed = f", {rows / seconds:,.0f} rows/s" if rows else ""
-    print(f"   {seconds:.1f} s{speed}, at most {megabytes(resource.RUSAGE_SELF):,.0f} MB", flush=True)
+    print(f"   {seconds:.1f} s{speed}, at most {megabytes():,.0f} MB", flush=True)
 
 
 def run(step, *arguments, kill_when=None):
@@ -241,7 +245,7 @@ def main():
     if log is not None:
         run(follow, valid, test[:1], folder, choices.batch_size, log)
     run(serve, folder, valid[0])
-    most = megabytes(resource.RUSAGE_CHILDREN) + megabytes(resource.RUSAGE_SELF)
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 + megabytes()
     print(f"All: {(time.perf_counter() - start) / 60:.1f} minutes, at most {most:,.0f} MB", flush=True)
 
 

@@ -379,6 +379,10 @@ class Model:
     def dense_variables(self):
         return self.dense
 
+    @property
+    def step(self):
+        return self.at["step"]
+
     def progress(self):
         return dict(self.at)
 
