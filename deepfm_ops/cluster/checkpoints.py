@@ -53,7 +53,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.epoch = 0
 
     def on_train_begin(self, logs=None):
-        self.epoch = 0
+        self.epoch, self._written = 0, None
         path = storage.newest(self.folder)
         if path is None:
             return
@@ -88,6 +88,9 @@ class Checkpoint(keras.callbacks.Callback):
         progress = self.model.progress()
         within = f"-{progress['step']:012d}" if progress["step"] else ""
         name = f"epoch-{progress['epoch']:08d}{within}"
+        if within and name == self._written:  # nothing was trained on since
+            return
+        self._written = name
         state = {"identity": self.model.identity(), "progress": progress}
         storage.write(self.folder, name, self.model.sharded(), self.model.dense_variables(), state)
         storage.keep(self.folder, self.keep)

@@ -34,11 +34,11 @@ def current():
     return _current
 
 
-def connect(wait=server.WAIT):
+def connect(wait=None):
     """Connects the chief to its servers and workers, the first time: what TensorFlow made before is of no use then.
 
     Args:
-        wait: seconds that they have to appear.
+        wait: seconds that they have to appear; None: as long as `serve_or_continue` waits by itself.
 
     Returns:
         A Chief, the same in every call. Without TF_CONFIG, one of this process alone.
@@ -51,7 +51,7 @@ def connect(wait=server.WAIT):
     global _current
     if _current is None:
         config = read()
-        _current = Chief() if config is None else _connect(config, wait)
+        _current = Chief() if config is None else _connect(config, server.WAIT if wait is None else wait)
     return _current
 
 
@@ -149,6 +149,9 @@ class Chief:
 
         """
 
+    def check_workers(self):
+        """Raises ClusterError if one does not answer; it is called when nothing was done for a long time."""
+
     def finish(self):
         """Ends the servers and workers, with exit code 0; at the normal end of the process this is done by itself."""
 
@@ -217,6 +220,16 @@ class _ClusterChief(Chief):
                 self._ask(15.0)
         if self._lost is not None:
             raise ClusterError(self._lost) from error
+
+    def check_workers(self):
+        tasks = self.config.tasks("worker")
+        answered = in_parallel([partial(at, device(*task), handshake.hello) for task in tasks], 15.0)
+        missing = [task for task, answer in zip(tasks, answered, strict=True) if isinstance(answer, Exception)]
+        if missing:
+            raise ClusterError(
+                f"no step was done for {server.WAIT:g} seconds, and {_places(self.config, missing)} does not answer: "
+                "end what is left of it, and start the job again; it goes on from its last checkpoint"
+            )
 
     def _listens(self, address):
         for _ in range(TRIES):

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from deepfm_ops.cluster import remote
 from deepfm_ops.cluster.config import ClusterError
+from deepfm_ops.cluster.storage import explained, one_line
 from deepfm_ops.cluster.tables import CHUNK, Sharded, chunks, on_each
 from deepfm_ops.container import Rows
 from deepfm_ops.placement import beside
@@ -57,6 +58,12 @@ def _write_shards(steps, path, table):
     own = {of.name.split("/")[-1]: of.columns[0] for of in steps.tables}
 
     def write(part, draft):
+        try:
+            return write_part(part, draft)
+        except tf.errors.OpError as error:
+            raise explained(steps.servers[part], error) from None
+
+    def write_part(part, draft):
         for of in steps.tables:
             size = of.parts[part].shape[0]
             for begin in range(0, size, CHUNK):
@@ -78,7 +85,7 @@ def _write_shards(steps, path, table):
 
 @remote.function(tf.bool)
 def _append(draft, some):
-    with open(draft.decode(), "ab") as out:
+    with one_line(draft.decode()), open(draft.decode(), "ab") as out:
         out.write(some.tobytes())
     return np.True_
 
@@ -88,13 +95,16 @@ def _seal(path, draft, shape):
     """Makes rows that were appended, table after table, the shard of a scorer's file; returns its digest."""
     shape, draft = json.loads(shape), pathlib.Path(draft.decode())
     try:
-        raw, start, found = np.memmap(draft, np.float32, "r"), 0, {"embeddings": None, "w": None}
+        # A server has no row where there are fewer than servers.
+        raw, start = np.memmap(draft, np.float32, "r") if shape["rows"] else np.zeros(0, np.float32), 0
+        found = {"embeddings": None, "w": None}
         for name, columns in shape["tables"].items():
             stop = start + shape["rows"] * columns
             found[name] = Rows.of(raw[start:stop].reshape(-1, columns))
             start = stop
         index, count = shape["index"], shape["count"]
         arrays = rows.stored(shape["name"], found["embeddings"], found["w"], shape["table"], index, count)
-        return file.write_shard(path.decode(), index, count, arrays).encode()
+        with one_line(path.decode()):
+            return file.write_shard(path.decode(), index, count, arrays).encode()
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)

@@ -13,6 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from deepfm_ops.cluster import remote
+from deepfm_ops.data.stream import FIXED
+
+POSITION = ("batch", "rows", "piece", "chunk", "row")  # of a stream in its pass
 
 
 class Batch:
@@ -40,14 +43,15 @@ class Arrays:
 
     Args:
         batch: function (row) of the arrays of a batch, see `Batch`.
-        starts: the rows that batches start at.
+        starts: range of the rows that batches start at.
 
     """
 
     kind, job = "arrays", None
 
     def __init__(self, batch, starts):
-        self._batch, self._starts, self._lock = batch, list(starts), threading.Lock()
+        self._batch, self._starts, self._lock = batch, starts, threading.Lock()
+        self._all = [len(starts), starts.step]
         self.begin(0)
 
     def begin(self, epoch):
@@ -94,9 +98,13 @@ class Arrays:
     def state(self):
         """A small dict for JSON: what was done of the pass."""
         with self._lock:
-            return {"kind": self.kind, "next": self._next, "back": sorted([*self._back, *self._taken])}
+            back = sorted([*self._back, *self._taken])
+            return {"kind": self.kind, "starts": self._all, "next": self._next, "back": back}
 
     def restore(self, state):
+        if state["starts"] != self._all:
+            then, now = (f"{count} batches of {size} samples" for count, size in (state["starts"], self._all))
+            raise ValueError(f"the checkpoint is of a pass of {then}, got {now}: take the x and batch_size that it had")
         self._next, self._back, self._taken = state["next"], list(state["back"]), {}
         self._done = self._next - len(self._back)
 
@@ -107,25 +115,33 @@ class StreamParts:
     Args:
         stream: `data.Stream`. It stays where it is: the position is here, one for each part.
         parts: how many.
+        labels: what `Stream.check_labels` takes.
+        whole: whether the first pass is over all of it too, wherever the stream is.
 
     """
 
     kind = "stream"
 
-    def __init__(self, stream, parts):
+    def __init__(self, stream, parts, labels, whole=False):
         make, (features, source, options, _) = stream.__reduce__()
-        self._start, self._epoch, self._parts = stream.state(), stream.epoch, parts
-        self.job, self.content = uuid.uuid4().hex, pickle.dumps((make, features, source, options))
+        self._start, self._parts, self._whole = stream.state(), parts, whole
+        try:
+            self.job, self.content = uuid.uuid4().hex, pickle.dumps((make, features, source, options, labels))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise ValueError(
+                f"a {type(source).__name__} cannot be sent to workers ({error}): give the stream files, a table, or a "
+                "list of tables"
+            ) from None
         self._lock = threading.Lock()
         self.begin(0)
 
     def begin(self, epoch):
         """Starts a pass."""
         start, (index, count) = self._start, self._start["shard"]
-        in_the_middle = epoch == 0 and (start["batch"] or start["piece"] or start["chunk"] or start["row"])
+        in_the_middle = epoch == 0 and not self._whole and any(start[name] for name in POSITION)
         parts = 1 if in_the_middle else self._parts
-        fresh = dict(start) if in_the_middle else {**start, "batch": 0, "rows": 0, "piece": 0, "chunk": 0, "row": 0}
-        fresh["epoch"] = self._pass = self._epoch + epoch
+        fresh = dict(start) if in_the_middle else start | dict.fromkeys(POSITION, 0)
+        fresh["epoch"] = self._pass = start["epoch"] + epoch
         self._states = [{**fresh, "shard": [index + count * part, count * parts]} for part in range(parts)]
         self._done = 0
         self._restart()
@@ -182,12 +198,10 @@ class StreamParts:
             return {"kind": self.kind, "pass": self._pass, "done": self._done, "parts": list(self._states)}
 
     def restore(self, state):
-        known = {name: self._states[0][name] for name in ("files", "features", "batch_size", "shuffle", "seed")}
-        for name, value in known.items():
-            if state["parts"][0][name] != value:
-                raise ValueError(
-                    f"the checkpoint is of a stream with {name} {state['parts'][0][name]!r}, got {value!r}"
-                )
+        for name in FIXED:
+            found, own = state["parts"][0][name], self._start[name]
+            if found != own and name != "shard":
+                raise ValueError(f"the checkpoint is of a stream with {name} {found!r}, got {own!r}")
         self._pass, self._done, self._states = state["pass"], state["done"], list(state["parts"])
         self._restart()
 
@@ -202,9 +216,11 @@ UNKNOWN, OVER = b"unknown", b"over"
 @remote.function(tf.bool)
 def install(job, content):
     """Tells a worker what the stream of a job is."""
-    _jobs.clear()  # one at a time
-    _reading.clear()
     _jobs[job.decode()] = pickle.loads(content)
+    for old in list(_jobs)[:-2]:  # the last used are that which is trained on, and one for tests meanwhile
+        del _jobs[old]
+    for place in [place for place in _reading if place[0] not in _jobs]:
+        del _reading[place]
     return np.True_
 
 
@@ -219,19 +235,28 @@ def next_batch(job, state):
     Returns:
         the state after it, or UNKNOWN or OVER if there is none; indices [B, P], values [B, P], labels [B] (none: [0]).
 
+    Raises:
+        ValueError: a record that cannot be read, or a file that this worker does not have.
+
     """
     nothing = np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
     job, state = job.decode(), json.loads(state)
     if job not in _jobs:
         return UNKNOWN, *nothing
+    _jobs[job] = _jobs.pop(job)
     place = (job, *state["shard"])
     at, stream, batches = _reading.get(place, (None, None, None))
-    if at != state:
-        make, features, source, options = _jobs[job]
-        stream = make(features, source, {**options, "shard": tuple(state["shard"])}, state)
-        batches = iter(stream)
-    batch, after = next(batches, None), stream.state()
     _reading.pop(place, None)
+    try:
+        if at != state:
+            make, features, source, options, labels = _jobs[job]
+            stream = make(features, source, {**options, "shard": tuple(state["shard"])}, state)
+            stream.check_labels(*labels)
+            batches = iter(stream)
+        batch, after = next(batches, None), stream.state()
+    except Exception as error:  # of the batch, and not of the worker
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(kind + " ".join(str(error).split())) from error
     if batch is None:
         return OVER, *nothing
     if after["epoch"] == state["epoch"]:

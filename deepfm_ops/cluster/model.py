@@ -14,13 +14,14 @@ from deepfm_ops.cluster.config import ClusterError
 from deepfm_ops.cluster.coordinator import connect
 from deepfm_ops.cluster.initializers import RowNormal, rows_of
 from deepfm_ops.cluster.passes import Pass
-from deepfm_ops.cluster.steps import AVERAGES, ROWS, SUMS, Steps, parts_of
+from deepfm_ops.cluster.steps import AVERAGES, FAR, LOOK, ROWS, SUMS, Steps, parts_of
 from deepfm_ops.cluster.tables import Sharded, chunks, on_each
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.features import counts
+from deepfm_ops.layers import positive
 from deepfm_ops.models import epochs as epochs_
 from deepfm_ops.models import recipe, resizing
-from deepfm_ops.models.base import check_integers, refuse_beside_stream
+from deepfm_ops.models.base import check_integers, fitting, label_rule, refuse_beside_stream, refuse_without_labels
 from deepfm_ops.models.matrix import DeepFM, arguments_of
 from deepfm_ops.models.parts import seed_for
 from deepfm_ops.placement import beside
@@ -57,6 +58,8 @@ class ShardedDeepFM:
 
     """
 
+    train_function = None  # of which Keras's TensorBoard would draw the graph
+
     def __init__(self, *args, wire="float32", prefetch=False, wait=None, **kwargs):
         bound = _SIGNATURE.bind(None, *args, **kwargs)
         bound.apply_defaults()
@@ -71,7 +74,7 @@ class ShardedDeepFM:
         initializer = RowNormal(0.01, seed_for(arguments["seed"], 0)) if initializer is None else initializer
         initializer = arguments["embeddings_initializer"] = keras.initializers.get(initializer)
         rows_of(initializer, tf.zeros([0], tf.int64), (1,), "float32")
-        self.num_features = int(arguments["num_features"])
+        self.num_features = positive("num_features", arguments["num_features"])
         counted = arguments["feature_counts"]
         counted = None if counted is None else counts.checked(counted, self.num_features)
         self.features = copy.copy(arguments.pop("features"))  # another fit makes the caller's another dictionary
@@ -112,6 +115,11 @@ class ShardedDeepFM:
     def metrics(self):
         return self.template.metrics
 
+    @property
+    def layers(self):
+        """Those of the template."""
+        return self.template.layers
+
     def compile(self, optimizer=None, loss=None, metrics=None, weighted_metrics=None):
         """As `DeepFM.compile`; the optimizer is made anew on the servers, from its configuration.
 
@@ -131,7 +139,8 @@ class ShardedDeepFM:
             optimizer = recipe.optimizer(self._steps.trainable, min(1.0, 2 / len(self.cluster.workers)))
         else:
             optimizer = keras.optimizers.get(optimizer)
-        self._steps.compile(optimizer)
+        self._steps.compile(optimizer, keep=self._averages_are_shown)
+        self._averages_are_shown = False
         loss = recipe.LOSS[self.template.plan.task] if loss is None else loss
         self._compiled = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
         self.template.compile(self.optimizer, **self._compiled)
@@ -177,8 +186,9 @@ class ShardedDeepFM:
             initial_epoch: Keras's.
             validation_batch_size: of arrays; None: batch_size.
             validation_freq: Keras's.
-            in_flight: steps at a time. None: as many as there are workers. With 1, or one worker, the result follows
-                from the seed.
+            in_flight: steps at a time. None: as many as there are workers, and as many that wait for one. With 1, or
+                one worker, the result follows from the seed. Callbacks see a batch when it is done, while those
+                after it are under way.
 
         Returns:
             keras.callbacks.History.
@@ -190,24 +200,26 @@ class ShardedDeepFM:
         """
         if self.optimizer is None:
             raise ValueError("call compile first")
-        x = x() if callable(x) and not isinstance(x, Stream) else x
         if in_flight is not None and in_flight < 1:
             raise ValueError(f"in_flight must be at least 1, got {in_flight}")
         is_one = 1 in (in_flight, len(self.cluster.workers))
         validation = None if validation_data is None else self._data(*_tuple(validation_data))
-        if isinstance(x, Stream):
-            others = {"y": y, "sample_weight": sample_weight, "class_weight": class_weight, "batch_size": batch_size}
+        data, steps = self._data(x, y, sample_weight), None
+        if isinstance(data, Stream):
+            others = {"class_weight": class_weight, "batch_size": batch_size}
             refuse_beside_stream(**others, validation_split=validation_split or None)
-            arrays, steps = None, None
         else:
-            arrays = self._arrays(x, y, sample_weight, class_weight)
             if validation_split and validation is None:
-                arrays, validation = epochs_.split(arrays, validation_split)
-            batch_size = batch_size or recipe.batch_size(self.optimizer, len(arrays[0])) or 32
-            steps = -(-len(arrays[0]) // batch_size)
-        feed, order = self._feed(x if arrays is None else arrays, batch_size, shuffle)
-        weighted = arrays is not None and len(arrays) > 3
+                data, validation = epochs_.split(data, validation_split)
+            data = _class_weighted(data, class_weight)
+            if batch_size is None:
+                batch_size = recipe.batch_size(self.optimizer, len(data[0])) or 32
+            steps = -(-len(data[0]) // positive("batch_size", batch_size))
+        feed, order = self._feed(data, batch_size, shuffle, 1 if is_one else len(self.cluster.workers))
+        weighted = not isinstance(data, Stream) and len(data) > 3
         what = SUMS if not is_one and self._steps.can_sum else ROWS
+        # Of several workers each would hold a batch of its own, and which of them is next would be chance.
+        prefetch = self.prefetch and (not is_one or len(self.cluster.workers) == 1)
         callbacks = epochs_.callback_list(self, callbacks, 1 if verbose == "auto" else verbose, epochs, steps)
         self.stop_training, self._epoch, self._within = False, initial_epoch, False
         self._feeding, self._order, logs = feed, order, {}
@@ -225,7 +237,7 @@ class ShardedDeepFM:
                     self._averages_are_shown = False
                 self.step = self._feeding.num_done
                 callbacks.on_epoch_begin(epoch)
-                logs = self._pass("train", feed, weighted, what, in_flight, self.prefetch, callbacks)
+                logs = self._pass("train", feed, weighted, what, in_flight, prefetch, is_one, callbacks)
                 self._epoch, self._within = epoch + 1, False
                 self._averages_are_shown = bool(self.optimizer.use_ema)
                 if validation is not None and (epoch + 1 - initial_epoch) % validation_freq == 0:
@@ -260,27 +272,30 @@ class ShardedDeepFM:
     def predict(self, x, batch_size=None, verbose="auto"):
         """Scores, float32 [n, 1], of averaged weights where there are some."""
         del verbose
-        x = x() if callable(x) and not isinstance(x, Stream) else x
-        if isinstance(x, Stream):
-            feed = feeding.StreamParts(x, 1)
-        else:
-            arrays = self._arrays(x, None, None)
-            if not len(arrays[0]):
-                return np.zeros((0, 1), np.float32)
-            feed, _ = self._feed(arrays, batch_size or EVALUATED_ROWS, False)
-        with self._watched():
-            found = {batch.number: scores for batch, scores in self._results("predict", feed, False, AVERAGES)}
+        data = self._data(x, labels=False)
+        if not isinstance(data, Stream) and not len(data[0]):
+            return np.zeros((0, 1), np.float32)
+        feed, _ = self._feed(data, batch_size or EVALUATED_ROWS, whole=True)  # in one part, which has an order
+        with self._watched(), contextlib.closing(iter(self._steps_of("predict", feed, False, AVERAGES))) as results:
+            found = {batch.number: scores for batch, scores in results}
+        _refuse_empty(feed)
         return np.concatenate([found[number] for number in sorted(found)]).reshape(-1, 1)
 
     # Data.
 
-    def _data(self, x, y=None, sample_weight=None):
-        """A stream, or arrays."""
+    def _data(self, x, y=None, sample_weight=None, labels=True):
+        """A stream, or arrays; labels: whether they are needed."""
         x = x() if callable(x) and not isinstance(x, Stream) else x
-        return x if isinstance(x, Stream) else self._arrays(x, y, sample_weight)
+        if not isinstance(x, Stream):
+            return self._arrays(x, y, sample_weight, labels)
+        refuse_beside_stream(y=y, sample_weight=sample_weight)
+        fitting(self.template, x.features, self.num_features)
+        if labels:
+            refuse_without_labels(x)
+        return x
 
-    def _arrays(self, x, y, sample_weight, class_weight=None):
-        """[indices int64 [n, P], values float32 [n, P], labels float32 [n, 1], and weights float32 [n] if any]."""
+    def _arrays(self, x, y, sample_weight, labels):
+        """[indices int [n, P], values float32 [n, P], labels float32 [n, 1], and weights float32 [n] if any]."""
         x = (x["indices"], x["values"]) if isinstance(x, dict) else x
         if not isinstance(x, list | tuple) or len(x) != 2:
             raise ValueError(f"x must be (indices, values), a stream or a function that returns one, got {type(x)}")
@@ -291,12 +306,11 @@ class ShardedDeepFM:
         for name, array in zip(("indices", "values"), arrays, strict=True):
             if array.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-        labels = np.zeros((shape[0], 1)) if y is None else self.template._targets(y)
-        arrays.append(np.asarray(labels, np.float32))
-        if class_weight is not None:
-            if sample_weight is not None:
-                raise ValueError("class_weight and sample_weight exclude each other")
-            sample_weight = np.array([class_weight.get(int(label), 1.0) for label in arrays[2][:, 0]])
+        if labels and y is None:
+            raise ValueError("y must be given beside x: the labels, 1-D")
+        arrays.append(np.asarray(self.template._targets(y) if labels else np.zeros((shape[0], 1)), np.float32))
+        if arrays[2].shape[1:] != (1,):
+            raise ValueError(f"y must have shape ({shape[0]},), got {np.shape(y)}")
         if sample_weight is not None:
             arrays.append(np.asarray(sample_weight, np.float32).reshape(-1))
         for name, array in zip(("y", "sample_weight"), arrays[2:], strict=False):
@@ -304,15 +318,11 @@ class ShardedDeepFM:
                 raise ValueError(f"{name} must have {shape[0]} samples, as x has, got {len(array)}")
         return arrays
 
-    def _feed(self, data, batch_size, shuffle=False):
+    def _feed(self, data, batch_size, shuffle=False, parts=1, whole=False):
         """(what gives batches to workers, their order in epochs or None)."""
         if isinstance(data, Stream):
-            if data.features.num_features != self.num_features:
-                raise ValueError(
-                    f"features number {data.features.num_features} features, but the model has {self.num_features}"
-                )
-            return feeding.StreamParts(data, len(self.cluster.workers)), None
-        length = len(data[0])
+            return feeding.StreamParts(data, parts, label_rule(self.template.plan.task), whole), None
+        length, batch_size = len(data[0]), positive("batch_size", batch_size)
         order = epochs_.EpochOrder(data, batch_size) if shuffle else None
         fill = [] if len(data) > 3 else [np.zeros(0, np.float32)]
 
@@ -333,25 +343,34 @@ class ShardedDeepFM:
 
     # Passes.
 
-    def _results(self, kind, feed, weighted, what, in_flight=None, prefetch=False):
-        """(Batch, results) of each step, see `Steps`."""
-        get = ("pull", weighted, what) if feed.job is None else ("read", feed.job, what)
-        run = "run", kind, weighted, what
+    def _steps_of(self, kind, feed, weighted, what, in_flight=None, prefetch=False, alone=True):
+        """The `Pass` of (Batch, results) of each step, see `Steps`."""
+        get = ("pull", weighted, what) if feed.job is None else ("read", what)
+        run = "run", kind, weighted, what, alone
         functions = [self._steps.function(*name) for name in (get, run, *([("both", get, run)] if prefetch else []))]
-        in_flight = 2 * len(self.cluster.workers) if in_flight is None else in_flight  # one done, and one waiting
-        self._passing = Pass(self.cluster, feed, in_flight, *functions)
-        yield from self._passing
+        if in_flight is None:  # one at work and one that waits; here, where there is none to wait for, one
+            in_flight = 1 if self.cluster.coordinator is None else 2 * len(self.cluster.workers)
+        return Pass(self.cluster, feed, in_flight, *functions)
 
-    def _pass(self, kind, feed, weighted, what, in_flight=None, prefetch=False, callbacks=None):
+    def _pass(self, kind, feed, weighted, what, in_flight=None, prefetch=False, alone=True, callbacks=None):
         """Logs of a pass."""
         self.template.reset_metrics()
-        logs = {}
-        for _, results in self._results(kind, feed, weighted, what, in_flight, prefetch):
-            logs = self._counted(results[0], *results[1:].reshape(3 if weighted else 2, -1, 1))
-            if callbacks is not None:
-                callbacks.on_train_batch_begin(self.step)
-                self.step += 1
-                callbacks.on_train_batch_end(self.step - 1, dict(logs))
+        logs, steps = {}, self._steps_of(kind, feed, weighted, what, in_flight, prefetch, alone)
+        if callbacks is not None:
+            self._passing = steps
+        with contextlib.closing(iter(steps)) as results:
+            for _, found in results:
+                logs = self._counted(found[0], *found[1:].reshape(3 if weighted else 2, -1, 1))
+                if callbacks is not None:
+                    callbacks.on_train_batch_begin(self.step)
+                    self.step += 1
+                    callbacks.on_train_batch_end(self.step - 1, dict(logs))
+                    if self.stop_training:
+                        break
+                    if not alone and self.step % LOOK == 0 and self._steps.decay < FAR:
+                        steps.drain()
+                        self._steps.settle()
+        _refuse_empty(feed)
         return {name: float(value) for name, value in logs.items()}
 
     def _counted(self, loss, scores, labels, weights=None):
@@ -361,7 +380,7 @@ class ShardedDeepFM:
         return self.template.compute_metrics(None, tf.constant(labels), tf.constant(scores), weights)
 
     def _test(self, data, batch_size):
-        feed, _ = self._feed(data, batch_size or EVALUATED_ROWS)
+        feed, _ = self._feed(data, batch_size or EVALUATED_ROWS, parts=len(self.cluster.workers), whole=True)
         return self._pass("test", feed, not isinstance(data, Stream) and len(data) > 3, AVERAGES)
 
     # What a checkpoint holds.
@@ -414,7 +433,9 @@ class ShardedDeepFM:
                     f"the checkpoint was written while {within['kind']} were trained on, now it is another"
                 )
             self._feeding.restore(within)
-            self._within = True
+            self._within = not self._feeding.is_finished
+            if not self._within:  # all of it was done, and callbacks would be told of no step
+                self._epoch, self._averages_are_shown = self._epoch + 1, bool(self.optimizer.use_ema)
 
     # Copies.
 
@@ -501,6 +522,10 @@ class ShardedDeepFM:
         """Saves `to_single()`, which needs its memory."""
         self.to_single().save(path, **options)
 
+    def save_weights(self, path, **options):
+        """Saves the weights of `to_single()`, which needs its memory."""
+        self.to_single().save_weights(path, **options)
+
     def export(self, path, **options):
         """`deepfm_ops.export` of `to_single()`, which needs its memory."""
         saved_model.export(self.to_single(), path, **options)
@@ -541,7 +566,8 @@ def _slots(part):
 
 def _named(dense, state, parts, samples):
     """{name: tf.Variable} of dense weights and of what optimizers keep that is not per row."""
-    found = {v.path: v.value for v in (*dense, *state)}
+    found = {v.path: v.value for v in dense}
+    found |= {f"state_{number}/{v.name}": v.value for number, v in enumerate(state)}  # paths count in the process
     found |= {} if samples is None else {"samples": samples}
     for number, part in enumerate(parts):
         slots = _slots(part)
@@ -551,6 +577,21 @@ def _named(dense, state, parts, samples):
         known |= {id(getattr(part, name, None)) for name in ("_shown", "_shown_as")}  # averages never are, here
         found |= {f"optimizer_{number}/{v.name}": v.value for v in part.variables if id(v) not in known}
     return found
+
+
+def _class_weighted(arrays, class_weight):
+    """Arrays whose samples have the weights of their classes, {label: weight} or None."""
+    if class_weight is None:
+        return arrays
+    if len(arrays) > 3:
+        raise ValueError("class_weight and sample_weight exclude each other: give one of them")
+    weights = [class_weight.get(int(label), 1.0) for label in arrays[2][:, 0]]
+    return [*arrays, np.array(weights, np.float32)]
+
+
+def _refuse_empty(feed):
+    if not feed.num_done:
+        raise ValueError("x holds no sample, or no record for a batch: give it some")
 
 
 def _tuple(data):

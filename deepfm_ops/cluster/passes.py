@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.python.distribute.coordinator import coordinator_context
 
 from deepfm_ops.cluster import feeding
+from deepfm_ops.cluster.server import WAIT
 
 CHIEF = "/job:chief/replica:0/task:0/device:CPU:0"
 POLL = 1.0  # seconds between two looks at whether the servers are there
@@ -34,27 +35,37 @@ class Pass:
         self._cluster, self._feed, self._in_flight = cluster, feed, in_flight
         self._first, self._only, self._both = get, run, both
         self._results, self._held, self._outstanding = queue.Queue(), {}, 0  # held: what a worker has got ahead
+        self._last = time.monotonic()  # that a worker was done with something
         self._chief = cluster.servers[0] if cluster.coordinator is None else CHIEF
 
     def __iter__(self):
         """(Batch, results) of every step; the batch was counted when it was done.
+
+        Who closes it before its end, or interrupts it, has no step in flight then.
 
         Raises:
             InvalidArgumentError: of a batch, which the text names.
             ClusterError, OpError: a server was lost.
 
         """
+        try:
+            yield from self._steps()
+        except (GeneratorExit, KeyboardInterrupt):
+            self.drain()
+            raise
+
+    def _steps(self):
         error = None
         while error is None and not self._feed.is_finished or self._outstanding:
             while error is None and self._outstanding < self._in_flight and not self._feed.is_finished:
-                self._outstanding += 1
                 self._schedule()
+                self._outstanding += 1
             found = self._next()
             self._outstanding -= 1
             if found is None:
                 continue
             batch, results = found
-            if isinstance(results, Exception):
+            if isinstance(results, BaseException):
                 error = error or results
             elif error is None:
                 yield batch, results
@@ -65,8 +76,7 @@ class Pass:
 
     def drain(self):
         """Waits until no step is in flight; their results stay to be iterated over."""
-        while self._results.qsize() < self._outstanding:
-            self._look()
+        while not self._look():
             time.sleep(IDLE)
 
     def _schedule(self):
@@ -83,9 +93,14 @@ class Pass:
             self._look()
 
     def _look(self):
+        """Whether no step is in flight; raises what one could not be saved from."""
         self._cluster.check()
-        if self._cluster.coordinator is not None:
-            self._cluster.coordinator.done()  # raises what a step could not be saved from
+        if self._cluster.coordinator is None:
+            return True
+        if time.monotonic() - self._last > WAIT:
+            self._cluster.check_workers()
+            self._last = time.monotonic()
+        return self._cluster.coordinator.done()
 
     def _on_worker(self):
         """What the coordinator runs, in the thread of a worker; an error of TensorFlow's is that worker's loss."""
@@ -93,6 +108,7 @@ class Pass:
 
     def _work(self, worker):
         try:
+            self._last = time.monotonic()
             batch, inputs = self._held.pop(worker, None) or self._get(worker)
             if batch is None:
                 time.sleep(IDLE)
@@ -126,7 +142,7 @@ class Pass:
         """What is asked of a worker to get a batch."""
         if batch.inputs is not None:
             return [tf.constant(x) for x in batch.inputs]
-        return [tf.constant(json.dumps(batch.state))]
+        return [tf.constant(self._feed.job), tf.constant(json.dumps(batch.state))]
 
     def _keep(self, worker, batch, got):
         if batch.inputs is None:
@@ -158,6 +174,8 @@ class Pass:
 
 def plain(text):
     """TensorFlow's text of an error, without what it says of its graph."""
+    if found := re.search(r"ValueError: ([^\n]+)", text):  # of a function in Python; its traceback may be cut off
+        return found[1]
     found = re.search(r"([^\n]+)\n\s*\[\[\{\{node", text)
     line = found[1] if found else text.strip().split("\n")[0]
     line = line.split("}} ")[-1].split(" [Op:")[0].strip()

@@ -19,6 +19,9 @@ from deepfm_ops.placement import beside
 ROWS, AVERAGES, SUMS = "rows", "averages", "sums"  # what a step needs of its batch
 OF_TABLES = ("embeddings", "w", "feature_counts", "samples")  # weights of the layer that owns tables
 MOST_SUMS = 8  # servers, from which each sample's sums are more than the rows of its batch
+# Of averages' decay: from there on lags are settled. Of steps side by side one would scale lags down, and the others go
+# on adding what is of the scale before. It is looked at every so many batches.
+FAR, LOOK = 2.0**-40, 16
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -74,18 +77,23 @@ class Steps:
         first_pass = tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
         return tf.convert_to_tensor(self.counts[part]), is_counted, first_pass
 
-    def compile(self, optimizer):
+    def compile(self, optimizer, keep=False):
         """Gives it an optimizer of the same configuration, whose variables lie beside what they are of.
+
+        Args:
+            optimizer: Keras's.
+            keep: whether weights become the averages that the optimizer before this one kept.
 
         Raises:
             ValueError: one whose step costs whole tables.
 
         """
+        _refuse(getattr(optimizer, "_parts", (optimizer,))[0])
+        if keep:
+            self.settle(keep)
         with tf.device(self.servers[0]):
             self.optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-        self.parts = getattr(self.optimizer, "_parts", (self.optimizer,))
-        _refuse(self.parts[0])
-        with tf.device(self.servers[0]):
+            self.parts = getattr(self.optimizer, "_parts", (self.optimizer,))
             self.optimizer.build(self.trainable)
         for part in self.parts:
             _update_beside(part)
@@ -120,8 +128,8 @@ class Steps:
         lag = tf.convert_to_tensor(lag) if local is None else _gather(lag, local)
         return value + lag * tf.cast(decay, value.dtype)
 
-    def settle(self):
-        """What showing averages and hiding them again does to lags, to the same bits."""
+    def settle(self, keep=False):
+        """What showing averages and hiding them again does to lags, to the same bits; keep: they are not hidden."""
 
         def settle(variable):
             if (found := self.lag_of(variable)) is None:
@@ -130,12 +138,19 @@ class Steps:
                 for begin in range(0, variable.shape[0], CHUNK) if variable.shape.rank else ():
                     local = tf.range(begin, min(begin + CHUNK, variable.shape[0]))
                     raw = tf.gather(variable.value, local)
-                    late = self.average(variable, raw, local) - raw
-                    found[0].scatter_update(tf.IndexedSlices(late, local))
+                    average = self.average(variable, raw, local)
+                    if keep:
+                        variable.value.scatter_update(tf.IndexedSlices(average, local))
+                    found[0].scatter_update(tf.IndexedSlices(average - raw, local))
 
         on_each(settle, self.trainable)
         for part in self.parts:
             part._decay_so_far.assign(1.0)
+
+    @property
+    def decay(self):
+        """Of the averages since they were settled; 1 where there are none."""
+        return min(float(part._decay_so_far.value.numpy()) if part.use_ema else 1.0 for part in self.parts)
 
     def resize(self, rows, size, counted, num_samples):
         """See `DeepFM.resize`.
@@ -192,10 +207,10 @@ class Steps:
         instead = {id(table.variable): some for table, some in zip(self.tables, rows, strict=True)}
         if counted:
             instead |= {id(self.source.feature_counts): counted[0], id(self.source.samples): self.samples + 0}
-        if not training:
-            for variable in self.dense:
-                with beside(variable):
-                    instead[id(variable)] = self.average(variable, tf.convert_to_tensor(variable.value))
+        for variable in self.dense:  # in training too: Keras's regularizers ask the scope alone
+            with beside(variable):
+                value = tf.convert_to_tensor(variable.value)
+                instead[id(variable)] = value if training else self.average(variable, value)
         scope.state_mapping.update(instead)  # not by its arguments: rows are not of the table's shape
         loss = None
         with scope:
@@ -243,6 +258,7 @@ class Steps:
         """Whether sums can stand for rows, and are less: [B, 2K + 1] numbers of each server, instead of the rows."""
         plan, clips = self.template.plan, [getattr(part, name) for part in self.parts for name in _CLIPS]
         is_fm = bool(plan.second_order) and plan.deep is None and set(self.source.field_sizes) == {1}
+        is_fm = is_fm and {self.source.compute_dtype, *(table.dtype for table in self.tables)} == {"float32"}
         return is_fm and len(self.servers) <= MOST_SUMS and not any(clips)
 
     def _pull_sums(self, indices, values):
@@ -367,26 +383,28 @@ class Steps:
 
         return pull, self._of_batch(weighted)
 
-    def _make_read(self, job, what):
-        """A stream's state to (the state after the batch there, see `feeding.next_batch`; what a step needs)."""
+    def _make_read(self, what):
+        """A stream's job and state to (the state after the batch there, see `feeding.next_batch`; what a step needs)."""
 
-        def read(state):
+        def read(job, state):
             after, indices, values, labels = feeding.next_batch(job, state)
             indices, values = tf.reshape(indices, [-1, self._columns]), tf.reshape(values, [-1, self._columns])
             needed = self._pulled(what, indices, values), values, tf.reshape(labels, [-1, 1]), tf.zeros([0])
             return after, needed
 
-        return read, [tf.TensorSpec((), tf.string)]
+        return read, [tf.TensorSpec((), tf.string)] * 2
 
-    def _make_run(self, kind, weighted, what):
+    def _make_run(self, kind, weighted, what, alone):
         """What a step needs to its results, float32: the loss, scores, and of training and tests labels and weights."""
 
         def run(pulled, values, labels, weights):
             given = weights if weighted else None
-            if what == SUMS:
-                scores, loss = self._train_sums(pulled, values, labels, given)
-            elif kind == "train":
-                scores, loss = self._train(pulled, values, labels, given)
+            if kind == "train":
+                with contextlib.ExitStack() as stack:
+                    for part in self.parts if not alone else ():
+                        stack.enter_context(_unscaled(part))
+                    train = self._train_sums if what == SUMS else self._train
+                    scores, loss = train(pulled, values, labels, given)
             else:
                 scores, loss = self._forward(pulled, values, labels if kind == "test" else None, given, False)
             found = [scores] if kind == "predict" else [loss, scores, labels, weights]
@@ -488,6 +506,19 @@ def _update_beside(optimizer):
     optimizer.update_step = update_step
     # Keras's reads it, adds and sets it: of two workers at once one would be lost.
     optimizer._iterations.assign_add = optimizer._iterations.value.assign_add
+
+
+@contextlib.contextmanager
+def _unscaled(optimizer):
+    """Inside, the optimizer leaves it to the chief to scale lags down, see `FAR`."""
+    if not optimizer.use_ema:
+        yield
+        return
+    optimizer._rescale = optimizer._keep
+    try:
+        yield
+    finally:
+        del optimizer._rescale
 
 
 @contextlib.contextmanager

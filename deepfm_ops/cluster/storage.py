@@ -51,7 +51,7 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def _one_line(path):
+def one_line(path):
     """Makes an OSError a ValueError that says what to do."""
     try:
         yield
@@ -70,7 +70,7 @@ def _damaged(path, what):
 @remote.function(tf.bool)
 def _sees(path, checksum):
     path = pathlib.Path(path.decode())
-    with _one_line(path):
+    with one_line(path):
         return path.exists() and zlib.crc32(path.read_bytes()) == checksum
 
 
@@ -78,7 +78,7 @@ def _sees(path, checksum):
 def _write_rows(path, begin, checksum, rows, last):
     """Writes bytes at a place of a file, and waits for the disk if they are the last; returns the CRC-32 up to them."""
     path = path.decode()
-    with _one_line(path), open(path, "r+b" if begin else "wb") as file:
+    with one_line(path), open(path, "r+b" if begin else "wb") as file:
         file.seek(begin)
         file.write(rows)
         if last:
@@ -91,7 +91,7 @@ def _write_rows(path, begin, checksum, rows, last):
 def _checksum(path, size, begin, end, checksum):
     """The CRC-32 up to `end` of a file that has to have `size` bytes, where `checksum` is that up to `begin`."""
     path = path.decode()
-    with _one_line(path):
+    with one_line(path):
         try:
             file = open(path, "rb")
         except FileNotFoundError:
@@ -115,7 +115,7 @@ def _read_rows(path, row_bytes, first, step, count):
     Read and not mapped: a mapped file that cannot be read ends the process.
     """
     path, rows = path.decode(), (count - 1) * step + 1
-    with _one_line(path):
+    with one_line(path):
         found = np.fromfile(path, np.uint8, rows * row_bytes, offset=first * row_bytes)
     if found.size != rows * row_bytes:
         raise _damaged(path, f"ends at byte {first * row_bytes + found.size:,}")
@@ -215,12 +215,13 @@ def _on_servers(tasks):
             names = ", ".join(sorted(map(_server, waiting)))
             raise ClusterError(f"{names} did not answer within {LIMIT} seconds; {_AGAIN}") from None
         if isinstance(answer, Exception):
-            raise _explained(device, answer) from None
+            raise explained(device, answer) from None
         if answer:
             waiting.remove(device)
 
 
-def _explained(device, error):
+def explained(device, error):
+    """The error of an op on a server, of which the text is one line."""
     name = _server(device)
     if isinstance(error, tf.errors.InvalidArgumentError) and (text := re.search(r"ValueError: (.*)", error.message)):
         return ValueError(f"{name}: {text[1]}")
@@ -296,7 +297,7 @@ def write(folder, name, sharded, dense, state):
     """
     folder = pathlib.Path(folder).absolute()
     path, devices = folder / name, _by_device(sharded)
-    with _one_line(folder):
+    with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.iterdir():
             whole, cut_off = (left / MANIFEST).exists(), (left / UNFINISHED).exists()
@@ -320,7 +321,7 @@ def write(folder, name, sharded, dense, state):
         }
         for table in sharded
     }
-    with _one_line(path):
+    with one_line(path):
         manifest = {"format": FORMAT, "tables": tables, "dense": _write_dense(path, dense), "state": state}
         manifest["crc32"] = zlib.crc32(json.dumps(manifest).encode())
         with replacing(path / MANIFEST) as fresh:
@@ -356,7 +357,7 @@ def _write_dense(path, dense):
 
 def _whole(folder):
     """The checkpoints of a folder in the order of their names."""
-    with _one_line(folder):
+    with one_line(folder):
         folder = pathlib.Path(folder).absolute()
         return sorted(path for path in folder.iterdir() if (path / MANIFEST).is_file()) if folder.is_dir() else []
 
@@ -368,7 +369,7 @@ def newest(folder):
 
 def keep(folder, k):
     """Removes all but the last `k` checkpoints."""
-    with _one_line(folder):
+    with one_line(folder):
         for path in _whole(folder)[:-k]:
             _remove(path)
 
@@ -390,7 +391,7 @@ def state(path):
 
 
 def _manifest(path):
-    with _one_line(path):
+    with one_line(path):
         content = (path / MANIFEST).read_bytes()
     try:
         manifest = container.parsed(content)
@@ -479,7 +480,7 @@ def _check_files(path, files):
 def _read_dense(path, found):
     """{name: array}."""
     path = path / DENSE
-    with _one_line(path):
+    with one_line(path):
         try:
             content = path.read_bytes()
         except FileNotFoundError:

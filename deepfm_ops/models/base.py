@@ -295,8 +295,8 @@ class ConfiguredModel(keras.Model):
 
     def _fit_stream(self, stream, validation_data, callbacks, epochs, verbose, **options):
         for some in (stream, validation_data):
-            if isinstance(some, Stream) and not some.has_labels:
-                raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
+            if isinstance(some, Stream):
+                refuse_without_labels(some)
         stream.track(endless=options["steps_per_epoch"] is not None)
         callbacks = epochs_.with_first(callbacks, epochs_.StreamCallback(stream))
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -545,6 +545,11 @@ def refuse_beside_stream(**arguments):
             raise ValueError(f"{name} must be left out: a stream has its labels, its batches and its rows")
 
 
+def refuse_without_labels(stream):
+    if not stream.has_labels:
+        raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
+
+
 @contextlib.contextmanager
 def _streaming(model, *inputs):
     """Inside, streams raise their own errors, and Keras does not warn at the end of passes of unknown length.
@@ -557,7 +562,7 @@ def _streaming(model, *inputs):
         for stream in inputs:
             if isinstance(stream, Stream):
                 fitting(model, stream.features)
-                stream.check_labels(*LABELS[model.plan.task], BAD_LABEL[model.plan.task].split(" is ", 1)[1])
+                stream.check_labels(*label_rule(model.plan.task))
                 stack.enter_context(stream.raising())
         if any(isinstance(x, Stream | replicated.Batches) and x.num_batches == 0 for x in inputs):
             stack.enter_context(warnings.catch_warnings())
@@ -572,6 +577,11 @@ BAD_LABEL = {
     "numbers by a threshold (labels > 3), or use task 'regression'",
     "regression": "labels[{}] = {} is not finite, or too large to be squared: drop the sample, or mend it",
 }
+
+
+def label_rule(task):
+    """What `Stream.check_labels` takes."""
+    return *LABELS[task], BAD_LABEL[task].split(" is ", 1)[1]
 
 
 def checked_labels(task, labels):

@@ -6,7 +6,6 @@ import pytest
 import tensorflow as tf
 
 from deepfm_ops import DeepFM, cluster, export_scorer, optimizers
-from deepfm_ops.cluster import coordinator
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.scorer import Scorer
 
@@ -16,18 +15,6 @@ INDICES = np.minimum(RNG.zipf(1.3, (200, P)), V) - 1
 VALUES = RNG.normal(1, 0.2, (200, P)).astype("float32")
 Y = (RNG.random(200) < 0.4).astype("float32")
 COUNTS = np.bincount(INDICES.reshape(-1), minlength=V)
-
-
-@pytest.fixture
-def parts(monkeypatch):
-    """Sets how many parts the tables have, all of them here."""
-
-    def choose(number, workers=1):
-        chief = coordinator.Chief()
-        chief.servers, chief.workers = chief.servers * number, chief.workers * workers
-        monkeypatch.setattr("deepfm_ops.cluster.model.connect", lambda wait: chief)
-
-    return choose
 
 
 def pair(make, parts, number, workers=1, **arguments):
@@ -115,6 +102,8 @@ def test_a_scorer_of_parts(parts, tmp_path, table, shards):
     found, wanted = (Scorer.load(tmp_path / name).score(INDICES, VALUES) for name in ("parts.scorer", "one.scorer"))
     np.testing.assert_array_equal(found, wanted)
     assert len(list(tmp_path.iterdir())) == (5 if shards else 2)
+    with pytest.raises((ValueError, OSError), match="no folder"):
+        sharded.export_scorer(tmp_path / "no folder" / "parts.scorer", table, shards=shards)
 
 
 def test_resize(parts):
@@ -193,3 +182,163 @@ def test_bad_arguments(parts):
     ):
         with pytest.raises(error, match=text):
             model.fit(**arguments, verbose=0)
+
+
+KINDS = {
+    "first order alone": {"use_fm": False, "use_deep": False},
+    "no first order": {"use_linear": False, "use_deep": False},
+    "deep alone": {"use_fm": False, "use_linear": False},
+    "several values": {"num_fields": 2, "field_sizes": [1, 3]},
+    "several values, no deep": {"num_fields": 2, "field_sizes": [1, 3], "use_deep": False},
+    "regression": {"task": "regression"},
+    "dropout": {"dropout": 0.3, "batch_norm": True},
+    "float64": {"dtype": "float64"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "mixed": {"dtype": "mixed_bfloat16"},
+    "penalties": {"l2_linear": 0.1, "l2_embedding": 0.1, "l2_deep": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_every_kind(parts, kind):
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 3, **KINDS[kind])
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, VALUES), Y, B, epochs=2, verbose=0)
+    assert_equal(sharded, single)
+    np.testing.assert_allclose(
+        sharded.evaluate((INDICES, VALUES), Y), single.evaluate((INDICES, VALUES), Y, verbose=0), rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["no first order", "regression", "float64", "bfloat16", "mixed"])
+def test_factorization_machines_of_every_kind_side_by_side(parts, kind):
+    extra = {**KINDS[kind], "use_deep": False}
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 3, workers=2, **extra)
+    assert sharded._steps.can_sum == ("dtype" not in extra)
+    for model, more in ((sharded, {"in_flight": 2}), (single, {})):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, VALUES), Y, B, epochs=2, verbose=0, **more)
+    a, b = everything(sharded.to_single()), everything(single)
+    for name, x in a.items():
+        atol = 2e-2 if "bfloat16" in str(x.dtype) or kind == "mixed" else 2e-6
+        np.testing.assert_allclose(x.astype(float), b[name].astype(float), rtol=2e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optimizers.LazyAdam(0.01, clipnorm=0.01),
+        lambda: optimizers.LazyAdam(0.01, global_clipnorm=0.01),
+        lambda: optimizers.LazyAdam(0.01, clipvalue=1e-4),
+        lambda: optimizers.LazyAdam(0.01, weight_decay=0.1),
+        lambda: optimizers.LazyAdam(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)),
+        lambda: optimizers.CombinedOptimizer(
+            optimizers.LazyAdam(0.01, clipnorm=0.01), keras.optimizers.Adam(0.01, weight_decay=0.1)
+        ),
+        lambda: optimizers.LazyAdam(0.01, use_ema=True, ema_momentum=0.5),
+    ],
+    ids=["clipnorm", "global_clipnorm", "clipvalue", "decay", "schedule", "combined", "averages"],
+)
+def test_what_optimizers_are_told(parts, make):
+    sharded, single = pair(make, parts, 3)
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, VALUES), Y, B, verbose=0)
+        model.evaluate((INDICES, VALUES), Y, verbose=0)
+        model.fit((INDICES, VALUES), Y, B, verbose=0)
+    a, b = sharded.to_single(), single
+    a.show_averages()
+    b.show_averages()
+    for name, x in everything(a).items():
+        np.testing.assert_allclose(x, everything(b)[name], rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_fewer_rows_than_servers(parts, tmp_path, rows):
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.01), parts, 4, num_features=rows)
+    inputs = INDICES % rows, VALUES
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        model.fit(inputs, Y, 1, verbose=0, callbacks=[cluster.Checkpoint(tmp_path / "c")] if model is sharded else [])
+    assert_equal(sharded, single)
+    for shards in (False, True):
+        sharded.export_scorer(tmp_path / "scorer", shards=shards)
+        np.testing.assert_allclose(
+            Scorer.load(tmp_path / "scorer").score(*inputs), single.predict(inputs, verbose=0)[:, 0], rtol=1e-5
+        )
+
+
+def test_inputs_of_other_forms(parts):
+    sharded, _ = pair(lambda: optimizers.LazyAdam(0.01), parts, 2)
+    wanted = sharded.predict((INDICES, VALUES))
+    for x in (  # sizes of products change their last bits
+        {"indices": INDICES, "values": VALUES},
+        [INDICES.tolist(), VALUES.tolist()],
+        (INDICES.astype("int32"), VALUES.astype("float64")),
+        (tf.constant(INDICES), tf.constant(VALUES)),
+        lambda: (INDICES, VALUES),
+    ):
+        np.testing.assert_allclose(sharded.predict(x, 7), wanted, rtol=1e-5)
+        assert len(sharded.fit(x, Y.tolist(), 64, verbose=0).history["loss"]) == 1
+        wanted = sharded.predict((INDICES, VALUES))
+    assert sharded.predict((INDICES[:0], VALUES[:0])).shape == (0, 1)
+    assert sharded.predict((INDICES[:1], VALUES[:1])).shape == (1, 1)
+
+
+def test_callbacks_of_keras(parts, tmp_path):
+    sharded, single = pair(
+        lambda: optimizers.CombinedOptimizer(optimizers.LazyAdam(0.1), optimizers.LazyAdam(0.01)),
+        parts,
+        2,
+    )
+    rates = []
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        callbacks = [
+            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1.0),
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+            keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+            keras.callbacks.TerminateOnNaN(),
+            keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "loss", save_best_only=True),
+            keras.callbacks.ModelCheckpoint(tmp_path / "last.weights.h5", save_weights_only=True),
+        ]
+        model.fit((INDICES, VALUES), Y, B, epochs=4, verbose=0, callbacks=callbacks)
+        rates.append([float(part.learning_rate) for part in model.optimizer._parts])
+    assert rates[0] == rates[1]
+    assert_equal(sharded, single)
+    best = keras.models.load_model(tmp_path / "best.keras")
+    assert best.predict((INDICES, VALUES), verbose=0).shape == (200, 1)
+
+
+def test_weights_of_classes_are_of_training_alone(parts):
+    sharded, single = pair(lambda: optimizers.SGD(0.1), parts, 2)
+    found = []
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        more = {"class_weight": {0: 1.0, 1: 30.0}, "validation_split": 0.2}
+        found.append(model.fit((INDICES, VALUES), Y, B, verbose=0, **more).history["val_loss"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_another_compile_goes_on_from_averages(parts):
+    sharded, single = pair(lambda: optimizers.LazyAdam(0.1, use_ema=True, ema_momentum=0.9), parts, 3)
+    for model in (sharded, single):
+        keras.utils.set_random_seed(1)
+        model.fit((INDICES, VALUES), Y, B, verbose=0)
+        model.compile(optimizers.SGD(0.1))
+        model.fit((INDICES, VALUES), Y, B, verbose=0)
+    assert_equal(sharded, single)
+
+
+def test_a_copy_of_a_model_that_was_not_compiled(parts, tmp_path):
+    parts(3)
+    sharded = cluster.ShardedDeepFM(V, P, embedding_dim=5, hidden_units=(8,), seed=3)
+    single = DeepFM(V, P, 5, (8,), seed=3, embeddings_initializer=cluster.RowNormal(0.01, 3))
+    np.testing.assert_array_equal(
+        sharded.to_single().predict((INDICES, VALUES), verbose=0), sharded.predict((INDICES, VALUES))
+    )
+    np.testing.assert_array_equal(single.predict((INDICES, VALUES), verbose=0), sharded.predict((INDICES, VALUES)))
+    sharded.save(tmp_path / "model.keras")
+    found = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(found.predict((INDICES, VALUES), verbose=0), sharded.predict((INDICES, VALUES)))

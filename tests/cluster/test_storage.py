@@ -302,13 +302,13 @@ def test_full_disks_and_folders_that_are_none(tmp_path, monkeypatch):
 def test_what_fails_elsewhere_names_the_server():
     device = "/job:ps/replica:0/task:3/device:CPU:0"
     text = "ValueError: /x: No space\nTraceback (most recent call last):\n\nValueError: /x: No space\n\n\t [[{{node"
-    error = storage._explained(device, tf.errors.InvalidArgumentError(None, None, text))
+    error = storage.explained(device, tf.errors.InvalidArgumentError(None, None, text))
     assert isinstance(error, ValueError) and str(error) == "ps 3: /x: No space"
     for kind, text in (
         (tf.errors.UnavailableError, "is lost (Socket closed)"),
         (tf.errors.InternalError, "failed (Socket"),
     ):
-        error = storage._explained(device, kind(None, None, "Socket closed\nmore"))
+        error = storage.explained(device, kind(None, None, "Socket closed\nmore"))
         assert isinstance(error, storage.ClusterError) and str(error).startswith(f"ps 3 {text}"), str(error)
 
 
