@@ -384,7 +384,7 @@ class Steps:
         return pull, self._of_batch(weighted)
 
     def _make_read(self, what):
-        """A stream's job and state to (the state after the batch there, see `feeding.next_batch`; what a step needs)."""
+        """A stream's job and state to (the state after the batch there: `feeding.next_batch`; what a step needs)."""
 
         def read(job, state):
             after, indices, values, labels = feeding.next_batch(job, state)
