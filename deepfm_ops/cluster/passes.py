@@ -35,7 +35,7 @@ class Pass:
         self._cluster, self._feed, self._in_flight = cluster, feed, in_flight
         self._first, self._only, self._both = get, run, both
         self._results, self._held, self._outstanding = queue.Queue(), {}, 0  # held: what a worker has got ahead
-        self._last = time.monotonic()  # that a worker was done with something
+        self._last = time.monotonic()  # that a step was done
         self._chief = cluster.servers[0] if cluster.coordinator is None else CHIEF
 
     def __iter__(self):
@@ -62,7 +62,8 @@ class Pass:
                 self._outstanding += 1
             found = self._next()
             self._outstanding -= 1
-            if found is None:
+            if found is None:  # a worker found nothing to take: what another one has may be waited for
+                self._look()
                 continue
             batch, results = found
             if isinstance(results, BaseException):
@@ -108,7 +109,6 @@ class Pass:
 
     def _work(self, worker):
         try:
-            self._last = time.monotonic()
             batch, inputs = self._held.pop(worker, None) or self._get(worker)
             if batch is None:
                 time.sleep(IDLE)
@@ -116,6 +116,7 @@ class Pass:
                 return
             following = self._feed.take(worker) if self._both is not None else None
             results = self._run(worker, batch, inputs, following)
+            self._last = time.monotonic()
             self._results.put((batch, results) if self._feed.done(batch) else None)
         except tf.errors.OpError:
             self._held.pop(worker, None)
@@ -179,7 +180,8 @@ def plain(text):
     found = re.search(r"([^\n]+)\n\s*\[\[\{\{node", text)
     line = found[1] if found else text.strip().split("\n")[0]
     line = line.split("}} ")[-1].split(" [Op:")[0].strip()
-    return re.sub(r"^\(\d+\) [A-Z_]+:\s*", "", line)  # of several that were found
+    line = re.sub(r"^\(\d+\) [A-Z_]+:\s*", "", line)  # of several that were found
+    return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", line)
 
 
 class BatchError(Exception):

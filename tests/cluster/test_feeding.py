@@ -7,7 +7,7 @@ import tensorflow as tf
 from test_model import INDICES, VALUES, B, Y, assert_equal, everything, pair
 
 from deepfm_ops import DeepFM, FeatureDictionary, cluster, optimizers
-from deepfm_ops.cluster import feeding, passes
+from deepfm_ops.cluster import coordinator, feeding, passes
 
 ROWS = 300
 RNG = np.random.default_rng(5)
@@ -237,6 +237,28 @@ def test_what_ends_a_pass_leaves_the_model_usable(parts, monkeypatch):
     assert counter.seen == 7 and int(sharded.optimizer.iterations.numpy()) == 13
 
 
+def test_a_worker_that_does_not_answer_ends_the_wait(monkeypatch):
+    """Others find nothing to take meanwhile, as it has the last batch."""
+
+    class Waiting(coordinator.Chief):
+        def check_workers(self):
+            raise cluster.ClusterError("worker 1 does not answer")
+
+        def done(self):
+            return False
+
+        def schedule(self, function, *_):
+            steps._results.put(None)
+
+    chief = Waiting()
+    chief.coordinator = chief._cluster = chief
+    feed = feeding.Arrays(lambda start: [], range(0, 2, 1))
+    steps = passes.Pass(chief, feed, 2, None, None)
+    monkeypatch.setattr(passes, "WAIT", 0.0)
+    with pytest.raises(cluster.ClusterError, match="worker 1 does not answer"):
+        list(steps)
+
+
 def test_the_text_of_an_error_of_a_worker():
     line = "/a.csv, line 3: it has 2 columns, not 3"
     cut_off = (
@@ -245,6 +267,7 @@ def test_the_text_of_an_error_of_a_worker():
     several = f"2 root error(s) found.\n  (0) INVALID_ARGUMENT:  ValueError: {line}\nTraceback"
     for text in (cut_off, several):
         assert passes.plain(text) == line
+    assert passes.plain("assertion failed: [row 0: nan]\n\t [[{{node Assert}}]] [Op:f]") == "row 0: nan"
 
 
 def test_the_last_streams_are_kept(log):

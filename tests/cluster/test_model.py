@@ -126,6 +126,30 @@ def test_resize(parts):
     assert_equal(sharded, single)
 
 
+def test_a_model_that_was_resized_goes_on_from_its_checkpoint(parts, tmp_path):
+    table = {"a": ["x", "y", "z", "x"], "label": [1, 0, 1, 0]}
+    more = {"a": ["p", "q", "r", "s"], "label": [0, 0, 1, 1]}
+    parts(3)
+
+    def run(epochs):
+        features = FeatureDictionary().fit(table, categorical=["a"], label="label")
+        model = cluster.ShardedDeepFM.from_features(features, embedding_dim=4, hidden_units=(8,), seed=3)
+        model.compile(optimizers.LazyAdam(0.1, use_ema=True))
+        features.update(more)
+        model.resize(features)
+        keras.utils.set_random_seed(1)
+        callbacks = [cluster.Checkpoint(tmp_path / "checkpoints")]
+        model.fit(features.transform(more), np.array(more["label"]), 2, epochs=epochs, verbose=0, callbacks=callbacks)
+        return model
+
+    run(1)
+    resumed = run(3)
+    (tmp_path / "checkpoints").rename(tmp_path / "others")
+    a, b = (everything(model.to_single()) for model in (resumed, run(3)))
+    for name, x in a.items():
+        np.testing.assert_array_equal(x, b[name], err_msg=name)
+
+
 def test_early_stopping_restores_the_best_weights(parts):
     sharded, single = pair(lambda: optimizers.LazyAdam(0.3), parts, 2)
     for model in (sharded, single):
