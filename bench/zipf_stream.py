@@ -20,13 +20,18 @@ class ZipfStream(Stream):
     """
 
     def __init__(self, num_features, num_fields, batch_size, batches, shard=(0, 1)):
-        self.features = types.SimpleNamespace(num_features=num_features, num_fields=num_fields)
+        sizes = {"num_features": num_features, "num_fields": num_fields, "num_columns": num_fields}
+        self.features = types.SimpleNamespace(**sizes, fields=[True], field_sizes=[1] * num_fields)
+        self.has_labels = True
         self.size, self.batches_of_all, self.shard = batch_size, batches, tuple(shard)
         self.epoch = self.at = 0
 
     def __reduce__(self):
         sizes = self.features.num_features, self.features.num_fields, self.size, self.batches_of_all
         return make, (sizes, None, {}, self.state())
+
+    def check_labels(self, least, most, what):
+        pass
 
     def state(self):
         fixed = {"files": "", "features": "", "batch_size": self.size, "shuffle": False, "seed": 0}
