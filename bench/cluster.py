@@ -115,9 +115,7 @@ def rate(found, skip=12):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("bytes", "time", "workers"), default=["bytes", "time", "workers"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--rows", type=int, default=400_000, help="of the log that quality is measured on")
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "cluster.json")
