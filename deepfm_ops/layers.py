@@ -45,6 +45,18 @@ def _with_columns(indices, columns):
     return tf.ensure_shape(indices, (None, columns))
 
 
+def samples_at_start(feature_counts, num_samples):
+    """[samples seen, samples counted] before training: what a weight `samples` of int64 starts as."""
+    return [0, (num_samples or 0) if feature_counts.any() else NOT_COUNTED]
+
+
+def first_pass_of(samples):
+    """(1.0 or, where features are not counted yet, 0.0; share of the first pass that is done) of a weight `samples`."""
+    seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(samples), tf.float32))
+    is_counted = tf.cast(tf.not_equal(counted, NOT_COUNTED), tf.float32)
+    return is_counted, tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
+
+
 class _SparseLayer(keras.layers.Layer):
     """What the layers share: the backend, one interaction, a prior that counts, no autocast, no XLA."""
 
@@ -63,7 +75,7 @@ class _SparseLayer(keras.layers.Layer):
     def build(self, input_shape=None):
         if self._counts is None:
             return
-        num_counted = (self.num_samples or 0) if self._counts.any() else NOT_COUNTED
+        start = samples_at_start(self._counts, self.num_samples)
         # Weights, as they belong to what was learned: a model that is trained further goes on counting.
         self.feature_counts = self.add_weight(
             name="feature_counts",
@@ -76,7 +88,7 @@ class _SparseLayer(keras.layers.Layer):
             name="samples",  # seen in training, and counted (0: not known how many; NOT_COUNTED: no counts yet)
             shape=(2,),
             dtype="int64",
-            initializer=lambda shape, dtype: tf.constant([0, num_counted], dtype),
+            initializer=lambda shape, dtype: tf.constant(start, dtype),
             trainable=False,
         )
 
@@ -113,10 +125,7 @@ class _SparseLayer(keras.layers.Layer):
         """(counts, 1.0 or, where they are not counted yet, 0.0, share of the first pass that is done), or None."""
         if self.feature_counts is None or self.samples is None:
             return None
-        seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples.value), tf.float32))
-        first_pass = tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
-        is_counted = tf.cast(tf.not_equal(counted, NOT_COUNTED), tf.float32)
-        return tf.convert_to_tensor(self.feature_counts.value), is_counted, first_pass
+        return tf.convert_to_tensor(self.feature_counts.value), *first_pass_of(self.samples.value)
 
     def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
         """The penalty of a call, and by what a replica multiplies it, or None."""

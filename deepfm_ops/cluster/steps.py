@@ -11,7 +11,7 @@ from deepfm_ops.cluster import feeding
 from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.cluster.tables import CHUNK, Table, is_wide, on_each, split
 from deepfm_ops.features import counts
-from deepfm_ops.layers import NOT_COUNTED
+from deepfm_ops.layers import first_pass_of, samples_at_start
 from deepfm_ops.models import resizing
 from deepfm_ops.optimizers import _Sparse
 from deepfm_ops.placement import beside
@@ -55,8 +55,7 @@ class Steps:
         if counted is not None:
             parts = len(servers)
             self.counts = [_variable(server, counted[part::parts]) for part, server in enumerate(servers)]
-            known = (num_samples or 0) if counted.any() else NOT_COUNTED
-            self.samples = _variable(servers[0], np.array([0, known]))
+            self.samples = _variable(servers[0], np.array(samples_at_start(counted, num_samples)))
         self.tables = [
             Table(variable, initializer, servers, rows, self._row_counts)
             for variable, initializer in self.source.tables()
@@ -72,10 +71,7 @@ class Steps:
     def _row_counts(self, part):
         if self.samples is None:
             return None
-        seen, counted = tf.unstack(tf.cast(tf.convert_to_tensor(self.samples), tf.float32))
-        is_counted = tf.cast(tf.not_equal(counted, NOT_COUNTED), tf.float32)
-        first_pass = tf.where(seen < counted, seen / tf.maximum(counted, 1), 1)
-        return tf.convert_to_tensor(self.counts[part]), is_counted, first_pass
+        return tf.convert_to_tensor(self.counts[part]), *first_pass_of(self.samples)
 
     def compile(self, optimizer, keep=False):
         """Gives it an optimizer of the same configuration, whose variables lie beside what they are of.

@@ -75,15 +75,14 @@ class Table:
                 made = keras.Variable("zeros", shape, self.dtype, name=f"{variable.name}_{part}")
             made.row_counts = lambda part=part: row_counts(part)
             self.parts.append(made)
-        self.fill(0)
+        self._fill()
 
-    def fill(self, first):
-        """Gives the rows from one on, of the whole table, their initial values."""
+    def _fill(self):
+        """Gives the rows their initial values, on their servers, some at a time."""
         count = len(self.parts)
 
         def fill(part):
             variable = self.parts[part].value
-            start = rows_of_part(part, count, first)
 
             def chunk(start, stop):
                 with beside(variable):
@@ -93,7 +92,7 @@ class Table:
 
             number = tf.TensorSpec((), tf.int64)
             chunk = tf.function(chunk, autograph=False, input_signature=[number, number]).get_concrete_function()
-            for begin in range(start, variable.shape[0], CHUNK):
+            for begin in range(0, variable.shape[0], CHUNK):
                 chunk(tf.constant(begin, tf.int64), tf.constant(min(begin + CHUNK, variable.shape[0]), tf.int64))
 
         on_each(fill, range(count))
