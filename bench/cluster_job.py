@@ -43,13 +43,16 @@ def sent():
 class Clock(keras.callbacks.Callback):
     """Times and bytes at the end of each step."""
 
-    def __init__(self):
+    def __init__(self, log=None):
         super().__init__()
-        self.seconds, self.bytes = [], []
+        self.seconds, self.bytes, self.log = [], [], log
 
     def on_train_batch_end(self, batch, logs=None):
-        self.seconds.append(time.perf_counter())
+        self.seconds.append(time.monotonic())
         self.bytes.append(sent())
+        if self.log:
+            with open(self.log, "a") as file:
+                print(self.seconds[-1], file=file)
 
 
 def quality(job):
@@ -83,9 +86,10 @@ def main():
     for turn in job["turns"]:
         model = cluster.ShardedDeepFM(**job["model"], wire=turn.get("wire", "float32"), prefetch=turn.get("prefetch"))
         model.compile(optimizers.LazyAdam(1e-3))
-        clock = Clock()
+        clock = Clock(job.get("log_steps"))
         stream = ZipfStream(*sizes, job["batch_size"], job["batches"])
-        model.fit(stream, verbose=0, callbacks=[clock], in_flight=turn.get("in_flight"))
+        callbacks = [clock, *([cluster.Checkpoint(job["checkpoint"], every_steps=20)] if "checkpoint" in job else [])]
+        model.fit(stream, verbose=0, callbacks=callbacks, in_flight=turn.get("in_flight"))
         said = formula(job, turn, model)
         found.append({"turn": turn, "seconds": clock.seconds, "bytes": clock.bytes, "formula": said})
         del model

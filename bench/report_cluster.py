@@ -56,6 +56,14 @@ def targets(report):
     rates = _rates(report)
     scaled = [four / one for four, one in zip(rates.get(4, []), rates.get(1, []), strict=False)]
     yield "DeepFM 3x400, 200 Mbit/s each: four workers over one", 3.4, _median(scaled), False
+    worker, server = (report.get("faults", {}).get(name, {}) for name in ("worker", "server"))
+    for what, goal, found in (
+        ("worker killed: seconds until the others' rate is back", 5, worker.get("killed")),
+        ("worker started again: seconds until the whole rate is back", 15, worker.get("back")),
+        ("server killed: seconds until the job has ended with one line", 15, server.get("detected")),
+        ("job started again: seconds until its first step", 60, server.get("running again")),
+    ):
+        yield what, goal, found, True
     one = _auc(report, "LazyAdam", 1)
     for number in (2, 4):
         many = _auc(report, "LazyAdam", number)
@@ -73,7 +81,7 @@ def lines(report):
         "",
         "# Many machines",
         "",
-        f"{report['machine']}; `{report['command']}`. All processes on this machine.",
+        f"{report['machine']}; `python bench/cluster.py`, its parts in runs of their own. All processes on this machine.",
         "",
     ]
     found += [
@@ -97,6 +105,13 @@ def lines(report):
     found += ["", "Steps per second of all workers, one thread and 200 Mbit/s each, two servers, each round:", ""]
     found += ["| workers | DeepFM 3x400 |", "|---|---|"]
     found += [f"| {n} | {', '.join(f'{rate:.2f}' for rate in rates)} |" for n, rates in sorted(_rates(report).items())]
+    if "faults" in report:
+        rates = report["faults"]["worker"]["steps per second"]
+        texts = ", ".join(f"{what} {rate:.2f}" for what, rate in rates.items())
+        found += [
+            "",
+            f"Four such workers, one of them killed and started again after 15 seconds, steps per second: {texts}.",
+        ]
     found += ["", "AUC of the day after, one pass over a made-up log, each seed:", ""]
     found += ["| optimizer | in flight | wire | AUC | mean |", "|---|---|---|---|---|"]
     for optimizer in ("LazyAdam", "recommended"):

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 
-from deepfm_ops.data.stream import Stream
+from deepfm_ops.data.stream import FIXED, Stream
 
 DIFFERENT = 8  # batches, made once in each process: making one takes longer than a step
 
@@ -34,7 +34,7 @@ class ZipfStream(Stream):
         pass
 
     def state(self):
-        fixed = {"files": "", "features": "", "batch_size": self.size, "shuffle": False, "seed": 0}
+        fixed = dict.fromkeys(FIXED) | {"files": "", "features": "", "batch_size": self.size}
         return (
             {"epoch": self.epoch, "batch": self.at, "rows": 0, "piece": 0, "chunk": 0, "row": 0}
             | fixed
