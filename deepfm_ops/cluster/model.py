@@ -20,8 +20,9 @@ from deepfm_ops.data.stream import Stream
 from deepfm_ops.features import counts
 from deepfm_ops.layers import positive
 from deepfm_ops.models import epochs as epochs_
+from deepfm_ops.models import labels as labels_
 from deepfm_ops.models import recipe, resizing
-from deepfm_ops.models.base import check_integers, fitting, label_rule, refuse_beside_stream, refuse_without_labels
+from deepfm_ops.models.base import check_integers, fitting, refuse_beside_stream, refuse_without_labels
 from deepfm_ops.models.matrix import DeepFM, arguments_of
 from deepfm_ops.models.parts import seed_for
 from deepfm_ops.placement import beside
@@ -321,7 +322,7 @@ class ShardedDeepFM:
     def _feed(self, data, batch_size, shuffle=False, parts=1, whole=False):
         """(what gives batches to workers, their order in epochs or None)."""
         if isinstance(data, Stream):
-            return feeding.StreamParts(data, parts, label_rule(self.template.plan.task), whole), None
+            return feeding.StreamParts(data, parts, labels_.rule(self.template.plan.task), whole), None
         length, batch_size = len(data[0]), positive("batch_size", batch_size)
         order = epochs_.EpochOrder(data, batch_size) if shuffle else None
         fill = [] if len(data) > 3 else [np.zeros(0, np.float32)]

@@ -12,7 +12,7 @@ from deepfm_ops import arguments, replicas
 from deepfm_ops.combined import unscaled
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.models import epochs as epochs_
-from deepfm_ops.models import multi_worker, recipe, replicated
+from deepfm_ops.models import labels, multi_worker, recipe, replicated
 
 # What Keras can change in a Dense layer of a finished model: its precision by `quantize`, its kernel by `enable_lora`.
 ADAPTED = ("dtype", "quantization_config", "lora_rank", "lora_alpha")
@@ -447,8 +447,7 @@ class ConfiguredModel(keras.Model):
     ):
         if isinstance(x, Stream):
             refuse_beside_stream(y=y, batch_size=batch_size, sample_weight=sample_weight)
-            if not x.has_labels:
-                raise ValueError("the stream has no labels: tell the dictionary their column, fit(..., label=...)")
+            refuse_without_labels(x)
         with _streaming(self, x):
             x, y = self._as_inputs(x), self._targets(y)
             if self._is_replicated:
@@ -497,7 +496,7 @@ class ConfiguredModel(keras.Model):
         """The labels as the model's scores are, [B, 1]; arrays once they are known to be ones a loss can use."""
         if y is None or tf.is_tensor(y):
             return y
-        y = checked_labels(self.plan.task, y)
+        y = labels.checked(self.plan.task, y)
         return y.reshape(-1, 1) if y.ndim == 1 else y
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -528,14 +527,14 @@ class ConfiguredModel(keras.Model):
 
     def _checked_labels(self, y):
         flat = tf.reshape(y, [-1])
-        (low, high), numbers = LABELS[self.plan.task], tf.cast(flat, tf.float64)
+        (low, high), numbers = labels.LIMITS[self.plan.task], tf.cast(flat, tf.float64)
         fine = (numbers >= low) & (numbers <= high)  # NaN compares as false
 
         def shown():
             row = tf.argmin(tf.cast(fine, tf.int32))
             return row, flat[row]
 
-        with tf.control_dependencies(arguments.require(tf.reduce_all(fine), BAD_LABEL[self.plan.task], shown)):
+        with tf.control_dependencies(arguments.require(tf.reduce_all(fine), labels.BAD[self.plan.task], shown)):
             return tf.identity(y)
 
 
@@ -562,50 +561,12 @@ def _streaming(model, *inputs):
         for stream in inputs:
             if isinstance(stream, Stream):
                 fitting(model, stream.features)
-                stream.check_labels(*label_rule(model.plan.task))
+                stream.check_labels(*labels.rule(model.plan.task))
                 stack.enter_context(stream.raising())
         if any(isinstance(x, Stream | replicated.Batches) and x.num_batches == 0 for x in inputs):
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Your input ran out of data")
         yield
-
-
-# What labels are between: of regression, float32 holds the squares.
-LABELS = {"binary": (0.0, 1.0), "regression": (-(2.0**63), 2.0**63)}
-BAD_LABEL = {
-    "binary": "labels[{}] = {} is not in [0, 1], as task 'binary' needs it: map -1 and +1 by (labels + 1) / 2, other "
-    "numbers by a threshold (labels > 3), or use task 'regression'",
-    "regression": "labels[{}] = {} is not finite, or too large to be squared: drop the sample, or mend it",
-}
-
-
-def label_rule(task):
-    """What `Stream.check_labels` takes."""
-    return *LABELS[task], BAD_LABEL[task].split(" is ", 1)[1]
-
-
-def checked_labels(task, labels):
-    """The labels as an array of numbers.
-
-    Raises:
-        ValueError: one that makes a loss NaN or senseless, by its position.
-        TypeError: labels that are no numbers.
-
-    """
-    array = np.asarray(labels)
-    if array.dtype.kind not in "iufb":
-        try:
-            array = None if array.dtype.kind in "mMS" else array.astype(np.float64)
-        except (TypeError, ValueError):
-            array = None
-        if array is None:
-            raise TypeError(f"labels must be numbers, got dtype {np.asarray(labels).dtype}")
-    (low, high), flat = LABELS[task], array.reshape(-1)
-    good = (flat >= low) & (flat <= high)
-    if not good.all():
-        first = int(np.argmin(good))
-        raise ValueError(BAD_LABEL[task].format(first, flat[first]))
-    return array.astype(np.float32) if array.dtype.kind == "b" else array
 
 
 def _as_column(y):
