@@ -11,6 +11,7 @@
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
+# make bench-rank    ranking a million items by an FM, 20,000 by a DeepFM (three minutes), into the same report
 # make bench-learning   how well the defaults learn, and tuned peers (an hour), into the same report
 # make bench-data   from files to batches, beside everybody else (an hour, 20 GB), into the same report
 # make bench-full   the whole grid of shapes (a night)
@@ -27,8 +28,8 @@ INDEPENDENT := models/test_saving models/test_private_names serving/test_scorer 
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
 
-.PHONY: setup test wheel matrix docs demo demo-logs demo-cluster bench bench-full bench-train bench-serve bench-learning bench-data \
-  bench-cluster bench-peers sanitize lint format clean FORCE
+.PHONY: setup test wheel matrix docs demo demo-logs demo-cluster bench bench-full bench-train bench-serve bench-rank bench-learning \
+  bench-data bench-cluster bench-peers sanitize lint format clean FORCE
 
 setup: .venv/installed
 
@@ -83,6 +84,10 @@ bench: setup
 
 bench-serve: setup
 	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/report.py
+
+bench-rank: setup
+	$(BIN)/python bench/rank.py
 	$(BIN)/python bench/report.py
 
 bench-train: setup

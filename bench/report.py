@@ -7,6 +7,7 @@ import matplotlib
 import report_cluster
 import report_data
 import report_learning
+import report_rank
 import report_serve
 import report_train
 from common import Case, target_table
@@ -191,8 +192,8 @@ def main():
     lines = [
         "# Results",
         "",
-        "Written by `make bench`, `bench-train`, `bench-serve`, `bench-learning`, `bench-data` and `bench-cluster`;",
-        "change nothing here by hand.",
+        "Written by `make bench`, `bench-train`, `bench-serve`, `bench-rank`, `bench-learning`, `bench-data` and",
+        "`bench-cluster`; change nothing here by hand.",
         "",
         f"Machine: {report.op['machine']}; kernels: {report.kernels['machine'].rsplit(', ', 1)[1]}.",
         "The machine is shared: read ratios, of sides that took turns in one run; brackets hold the quartiles.",
@@ -226,6 +227,8 @@ def main():
         lines += report_train.lines(json.loads((RESULTS / "train.json").read_text()), fit, RESULTS)
     if (RESULTS / "serve.json").exists():
         lines += report_serve.lines(json.loads((RESULTS / "serve.json").read_text()), RESULTS)
+    if (RESULTS / "rank.json").exists():
+        lines += report_rank.lines(json.loads((RESULTS / "rank.json").read_text()))
     if (RESULTS / "learning.json").exists():
         lines += report_learning.lines(json.loads((RESULTS / "learning.json").read_text()), RESULTS)
     if (RESULTS / "data.json").exists():

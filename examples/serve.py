@@ -1,8 +1,8 @@
 """Serves a file that `deepfm_ops.export_scorer` wrote over HTTP: JSON in, scores out, without TensorFlow.
 
 pip install ".[serve]"
-python examples/serve.py model.scorer [--host NAME] [--port N] [--max-batch N] [--max-body BYTES] [--max-bodies BYTES]
-                         [--body-seconds S] [--reload-seconds S]
+python examples/serve.py model.scorer [--items FILE] [--host NAME] [--port N] [--max-batch N] [--max-body BYTES]
+                         [--max-bodies BYTES] [--body-seconds S] [--reload-seconds S]
 
     curl localhost:8000/score -d '{"indices": [[3, 20, 41]], "values": [[1, 1, 0.5]]}'
     {"scores":[0.53125],"version":"9b1c..."}
@@ -10,6 +10,13 @@ python examples/serve.py model.scorer [--host NAME] [--port N] [--max-batch N] [
 `values` may be left out: all ones. A model of raw features takes {"inputs": {"user": ["ann"], "age": [0.3]}}. A score
 that is not a finite number is null. "version" is that of the model that computed the scores, whatever is loaded
 meanwhile: replace the file as a whole (as export_scorer does), and the server scores with the new one from then on.
+With --items, the file of `scorer.items(table, key).save(path)`, it ranks them for a user too:
+
+    curl localhost:8000/rank -d '{"user": {"user": "ann", "age": 0.3}, "k": 2, "shortlist": 1000, "among": [3, 14, 15]}'
+    {"positions":[14,3],"scores":[0.71875,0.5],"keys":["Z","M"],"version":"9b1c..."}
+
+"shortlist" and "among" may be left out. Items belong to one model: of a new pair of files, which may come in any order,
+both are served from when the second is there.
 What cannot be scored is answered by 400 (not JSON), 413 (too large) or 422, and {"detail": what is wrong}. A request
 that takes too long to arrive is answered by 408, one whose body finds no memory left by 503, and its connection closed:
 however many clients are slow, they hold no more than that, and the others are served.
@@ -31,6 +38,7 @@ import resource
 import sys
 import threading
 from asyncio import get_running_loop
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -40,7 +48,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import deepfm_ops
-from deepfm_ops.scorer import Scorer, ScorerFileError
+from deepfm_ops.scorer import Items, Scorer, ScorerFileError
 
 # A request up to this size is answered on the event loop, a larger one in a thread, so that short ones do not wait for
 # it: so many samples take a DeepFM with three layers of 400 about a millisecond, the way to a thread and back 0.1 ms.
@@ -117,12 +125,13 @@ class Patient(HttpToolsProtocol):
         self.transport.close()
 
 
-def create_app(path, *, max_batch=1024, max_body=4 << 20, max_bodies=256 << 20, reload_seconds=1.0):
+def create_app(path, items=None, *, max_batch=1024, max_body=4 << 20, max_bodies=256 << 20, reload_seconds=1.0):
     """The ASGI application.
 
     Args:
         path: of the model.
-        max_batch: the most samples of a request.
+        items: path of the items to rank, or None.
+        max_batch: the most samples of a request, and the most items of an answer.
         max_body: the most bytes of a request's body.
         max_bodies: the most bytes of all bodies that are there at a time; short ones always find room.
         reload_seconds: how often to look whether the file is another one.
@@ -131,25 +140,24 @@ def create_app(path, *, max_batch=1024, max_body=4 << 20, max_bodies=256 << 20, 
         FileNotFoundError, ScorerFileError: there is nothing to serve.
 
     """
-    stamp = _stamp(path)  # before the file is read: what changes later is seen by the watch
-    scorer = Scorer.load(path)
+    stamp = _stamp(path, items)  # before the files are read: what changes later is seen by the watch
+    served = _Served.load(path, items)
     stopping = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "score")
     bodies = _Bodies(max_bodies)
 
     def watch():
-        nonlocal scorer, stamp
+        nonlocal served, stamp
         while not stopping.wait(reload_seconds):
             try:
-                now = _stamp(path)
+                now = _stamp(path, items)
                 if now == stamp:
                     continue
                 # Another Scorer, not scorer.reload(): a request keeps the one that it started with, and its digest.
-                fresh = Scorer.load(path)
-                if fresh.digest != scorer.digest:
-                    log.info("now serving version %s", fresh.digest)
-                    scorer = fresh
-                stamp = now
+                fresh = _Served.load(path, items)
+                if fresh.scorer.digest != served.scorer.digest:
+                    log.info("now serving version %s", fresh.scorer.digest)
+                served, stamp = fresh, now
             except ScorerFileError as error:
                 log.error("the old model stays: %s", error)
                 stamp = now
@@ -173,34 +181,54 @@ def create_app(path, *, max_batch=1024, max_body=4 << 20, max_bodies=256 << 20, 
 
     @app.get("/version")
     async def version():
-        current = scorer
+        current = served.scorer
         return {"version": current.digest, "model": current.info, "deepfm_ops": deepfm_ops.__version__}
 
-    async def score(request: Request):
+    async def answer(request, of, is_short):
+        """What `of` makes of the body: here, if `is_short` says so of what it holds, else in a thread."""
         body = bytearray()
         try:
             await _read(request, body, max_body, bodies)
-            current, in_pool = scorer, get_running_loop().run_in_executor
+            current, in_pool = served, get_running_loop().run_in_executor
             if len(body) > INLINE_BYTES:
-                answer = await in_pool(pool, lambda: _answer(current, _parse(body), max_batch))
-            elif _batch(request_json := _parse(body)) > INLINE_BATCH:
-                answer = await in_pool(pool, _answer, current, request_json, max_batch)
+                found = await in_pool(pool, lambda: of(current, _parse(body), max_batch))
+            elif is_short(request_json := _parse(body)):
+                found = of(current, request_json, max_batch)
             else:
-                answer = _answer(current, request_json, max_batch)
+                found = await in_pool(pool, of, current, request_json, max_batch)
         except ClientDisconnect:  # or the time was up: there is nobody to answer
             return Response(status_code=408)
         finally:
             bodies.held -= len(body)
-        return Response(answer, media_type="application/json")
+        return Response(found, media_type="application/json")
 
-    # A plain route: FastAPI's own reading of parameters would make a short request a third dearer, for nothing.
+    async def score(request: Request):
+        return await answer(request, _scores, lambda body: _batch(body) <= INLINE_BATCH)
+
+    async def rank(request: Request):
+        return await answer(request, _ranks, lambda body: False)
+
+    # Plain routes: FastAPI's own reading of parameters would make a short request a third dearer, for nothing.
     app.add_route("/score", score, methods=["POST"])
+    app.add_route("/rank", rank, methods=["POST"])
     return app
 
 
-def _stamp(path):
-    found = os.stat(path)
-    return found.st_mtime_ns, found.st_ino, found.st_size
+class _Served(NamedTuple):
+    """What requests are answered with; those that run keep theirs."""
+
+    scorer: Scorer
+    items: Items | None
+
+    @classmethod
+    def load(cls, path, items):
+        scorer = Scorer.load(path)
+        return cls(scorer, None if items is None else Items.load(items, scorer))
+
+
+def _stamp(*paths):
+    found = [os.stat(path) for path in paths if path is not None]
+    return [(one.st_mtime_ns, one.st_ino, one.st_size) for one in found]
 
 
 @dataclasses.dataclass
@@ -251,19 +279,62 @@ def _batch(request):
     return max((len(part) for part in parts if isinstance(part, list)), default=0)
 
 
-def _answer(scorer, request, max_batch):
-    """The JSON answer to a request."""
-    try:
+def _scores(served, request, max_batch):
+    """The JSON answer to a request for scores."""
+    scorer = served.scorer
+    with _refusing():
         if request.keys() == {"inputs"}:
-            scores = scorer.score(_columns(request["inputs"], scorer.info, max_batch))
+            scores = scorer.score(_columns(request["inputs"], scorer.info["kinds"], max_batch))
         elif request.keys() == {"indices"} or request.keys() == {"indices", "values"}:
             scores = scorer.score(*_matrices(request, scorer.info, max_batch))
         else:
             raise ValueError(f"the body must hold indices and maybe values, or inputs alone; got {sorted(request)}")
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # what Scorer.score documents
+    return _json({"scores": scores, "version": scorer.digest})
+
+
+def _ranks(served, request, max_batch):
+    """The JSON answer to a request for the best items."""
+    scorer, items = served
+    if items is None:
+        raise HTTPException(404, "this server ranks no items: start it with --items")
+    with _refusing():
+        if not {"user", "k"} <= request.keys() <= {"user", "k", "among", "shortlist"}:
+            raise ValueError(f"the body must hold user and k, and maybe among and shortlist; got {sorted(request)}")
+        user, k, among, shortlist = (request.get(name) for name in ("user", "k", "among", "shortlist"))
+        if type(user) is not dict:
+            raise TypeError("user must be an object with an input's value each")
+        if type(k) is not int or type(shortlist) not in (int, type(None)):
+            raise TypeError("k and shortlist must be integers")
+        if k > max_batch:
+            raise HTTPException(413, f"k is {k}, at most {max_batch} are allowed")
+        if among is not None:
+            if type(among) is not list or set(map(type, among)) - {int}:
+                raise TypeError("among must be a list of positions")
+            try:
+                among = np.array(among, np.int64)
+            except OverflowError:
+                raise IndexError("among has a position that no item has") from None
+        kinds = {name: kind for name, kind in scorer.info["kinds"].items() if name not in map(str, items.inputs)}
+        _check_names("user", user, kinds, "of the user the model has")
+        columns = _columns({name: [value] for name, value in user.items()}, kinds, max_batch) if kinds else {}
+        found = scorer.rank(columns, items, k, among=among, shortlist=shortlist)
+    positions, scores = (x.reshape(-1) for x in found)
+    answer = {"positions": positions, "scores": scores, "version": scorer.digest}
+    return _json(answer if items.key is None else answer | {"keys": items.keys(positions)})
+
+
+@contextlib.contextmanager
+def _refusing():
+    """Answers by 422 to what the scorer's documented errors say."""
+    try:
+        yield
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise HTTPException(422, str(error.args[0])[:1000]) from None
+
+
+def _json(answer):
     # NumPy's float32 in its shortest form; NaN and infinities, which JSON lacks, become null.
-    return orjson.dumps({"scores": scores, "version": scorer.digest}, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _check_batch(size, max_batch):
@@ -307,17 +378,13 @@ def _matrix(name, rows, columns, max_batch, types, dtype):
         raise ValueError(f"{name} holds a number that {dtype.__name__} cannot") from None
 
 
-def _columns(inputs, info, max_batch):
+def _columns(inputs, kinds, max_batch):
     """Raw inputs as the scorer takes them: {name: a list, or an array}."""
-    kinds = info["kinds"]
     if not kinds:
         raise ValueError("this model takes indices and values, no inputs")
     if type(inputs) is not dict:
         raise TypeError(f"inputs must be an object with the columns {list(kinds)}")
-    if unknown := sorted(inputs.keys() - kinds.keys()):
-        raise ValueError(f"inputs has unknown columns {unknown}; the model has {list(kinds)}")
-    if missing := [name for name in kinds if name not in inputs]:
-        raise KeyError(f"inputs is missing the columns {missing}")
+    _check_names("inputs", inputs, kinds)
     for name, column in inputs.items():
         if type(column) is not list:
             raise TypeError(f"input {name!r} must be a list with an entry per sample")
@@ -327,6 +394,13 @@ def _columns(inputs, info, max_batch):
     if len(set(lengths.values())) > 1:
         raise ValueError(f"inputs must be equally long, got {lengths}")
     return inputs
+
+
+def _check_names(owner, given, kinds, has="the model has"):
+    if unknown := sorted(given.keys() - kinds.keys()):
+        raise ValueError(f"{owner} has unknown columns {unknown}; {has} {list(kinds)}")
+    if missing := [name for name in kinds if name not in given]:
+        raise KeyError(f"{owner} is missing the columns {missing}")
 
 
 NUMBERS = {int, float, bool}
@@ -352,9 +426,10 @@ def _json_names(types):
 def main():
     parser = argparse.ArgumentParser(description="Serves a file that deepfm_ops.export_scorer wrote.")
     parser.add_argument("model", help="the file; replace it as a whole to serve another model")
+    parser.add_argument("--items", help="the file of Items.save; it belongs to the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-batch", type=int, default=1024, help="the most samples of a request")
+    parser.add_argument("--max-batch", type=int, default=1024, help="the most samples of a request, items of an answer")
     parser.add_argument("--max-body", type=int, default=4 << 20, help="the most bytes of a request")
     parser.add_argument("--max-bodies", type=int, default=256 << 20, help="the most bytes of all requests at a time")
     parser.add_argument("--body-seconds", type=float, default=10.0, help="how long a request may take to arrive")
@@ -363,6 +438,7 @@ def main():
     try:
         app = create_app(
             arguments.model,
+            arguments.items,
             max_batch=arguments.max_batch,
             max_body=arguments.max_body,
             max_bodies=arguments.max_bodies,

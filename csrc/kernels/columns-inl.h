@@ -103,11 +103,13 @@ struct Columns {
     return HorizontalSum(total);
   }
 
-  friend DEEPFM_INLINE A Dot(const Columns& x, const Columns& y) {
+  // The products of columns, those of all registers added up lane by lane.
+  friend DEEPFM_INLINE V LanesOfDot(const Columns& x, const Columns& y) {
     V total = {};
     DEEPFM_EACH total += x.v[n] * y.v[n];
-    return HorizontalSum(total);
+    return total;
   }
+  friend DEEPFM_INLINE A Dot(const Columns& x, const Columns& y) { return HorizontalSum(LanesOfDot(x, y)); }
 
   friend DEEPFM_INLINE Columns HalfOfSquareMinus(const Columns& x, const Columns& y) {
     Columns half;

@@ -27,6 +27,9 @@ struct CpuKernels {
   // Reads the rows of indices [begin, end) out of n and nothing else, for measuring against.
   uint64_t (*read_rows)(const char* table, int64_t num_rows, int64_t row_bytes, const int64_t* indices, int64_t begin,
                         int64_t end, int64_t n, int64_t distance);
+  // out[j - begin] = < rows[chosen ? chosen[j] : j, :], query >, j in [begin, end).
+  void (*products)(const float* rows, int64_t dim, const int64_t* chosen, int64_t begin, int64_t end,
+                   const float* query, float* out);
 };
 
 // The build in use: the widest this machine runs, or the one DEEPFM_OPS_ISA names.

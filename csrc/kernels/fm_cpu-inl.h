@@ -343,6 +343,7 @@ static uint64_t ReadRows(const char* table, int64_t num_rows, int64_t row_bytes,
 }
 
 #include "sparse_update-inl.h"
+#include "top_products-inl.h"
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
@@ -354,6 +355,7 @@ const CpuKernels kKernels = {
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
     {Update<float>, Update<double>, Update<BFloat16>, Update<Float16>},
     ReadRows,
+    Products,
 };
 
 }  // namespace DEEPFM_ISA

@@ -237,3 +237,28 @@ static inline A HorizontalSumOf(const void* lanes) {
 
 static inline float HorizontalSum(VecOf<float> v) { return HorizontalSumOf<float, kVecBytes>(&v); }
 static inline double HorizontalSum(VecOf<double> v) { return HorizontalSumOf<double, kVecBytes>(&v); }
+
+// The sums of four registers at once, each added up in the same order: a third of the work of four times one.
+#if defined(__AVX512F__)
+#define DEEPFM_UNPACK(half, x, y) (VecOf<float>)_mm512_maskz_unpack##half##_ps(0xffff, (__m512)(x), (__m512)(y))
+#define DEEPFM_UNPACK_PAIRS(half, x, y) (VecOf<float>)_mm512_maskz_unpack##half##_pd(0xff, (__m512d)(x), (__m512d)(y))
+#elif defined(__AVX2__)
+#define DEEPFM_UNPACK(half, x, y) (VecOf<float>)_mm256_unpack##half##_ps((__m256)(x), (__m256)(y))
+#define DEEPFM_UNPACK_PAIRS(half, x, y) (VecOf<float>)_mm256_unpack##half##_pd((__m256d)(x), (__m256d)(y))
+#else
+#define DEEPFM_UNPACK(half, x, y) (VecOf<float>)_mm_unpack##half##_ps((__m128)(x), (__m128)(y))
+#define DEEPFM_UNPACK_PAIRS(half, x, y) (VecOf<float>)_mm_unpack##half##_pd((__m128d)(x), (__m128d)(y))
+#endif
+typedef float FourFloats __attribute__((vector_size(16)));
+static inline FourFloats HorizontalSums(VecOf<float> a, VecOf<float> b, VecOf<float> c, VecOf<float> d) {
+  const VecOf<float> ab = DEEPFM_UNPACK(lo, a, b) + DEEPFM_UNPACK(hi, a, b);
+  const VecOf<float> cd = DEEPFM_UNPACK(lo, c, d) + DEEPFM_UNPACK(hi, c, d);
+  const VecOf<float> abcd = DEEPFM_UNPACK_PAIRS(lo, ab, cd) + DEEPFM_UNPACK_PAIRS(hi, ab, cd);
+  FourFloats parts[kVecBytes / 16], total;
+  __builtin_memcpy(parts, &abcd, sizeof(parts));
+  total = parts[0];
+  for (int i = 1; i < kVecBytes / 16; ++i) total += parts[i];
+  return total;
+}
+#undef DEEPFM_UNPACK
+#undef DEEPFM_UNPACK_PAIRS

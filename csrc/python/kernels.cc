@@ -15,6 +15,7 @@
 #include "../kernels/checks.h"
 #include "../kernels/cpu_kernels.h"
 #include "../kernels/fm.h"
+#include "../kernels/top_products.h"
 #include "../tables/fingerprint.h"
 #include "release_gil.h"
 #include "thread_pool.h"
@@ -269,6 +270,50 @@ py::array Head(const std::vector<py::array>& parts, float bias, bool sigmoid) {
   return scores;
 }
 
+py::tuple Top(const py::array& rows, const py::array& queries, int64_t k, const std::optional<py::array>& chosen,
+              std::optional<int> threads) {
+  Check("rows", rows, {"float32"});
+  Check("queries", queries, {"float32"});
+  if (rows.ndim() != 2) Fail("rows must have two dimensions, got shape " + TextOf(SizesOf(rows)));
+  TopProductsArgs args;
+  args.num_rows = rows.shape(0);
+  args.dim = rows.shape(1);
+  args.num_queries = queries.ndim() ? queries.shape(0) : 0;
+  CheckShape("queries", SizesOf(queries), {args.num_queries, args.dim});
+  if (k < 1) Fail("k must be at least 1, got " + std::to_string(k));
+  const Parallel pool = ThreadPool::Get().Lend(CheckThreads(threads));
+  Scratch<int64_t> copy;  // its owner may change it at any time
+  if (chosen) {
+    Check("chosen", *chosen, {"int64"});
+    args.num_chosen = chosen->size();
+    CheckShape("chosen", SizesOf(*chosen), {args.num_chosen});
+    copy = Scratch<int64_t>(args.num_chosen);
+    std::copy_n(static_cast<const int64_t*>(chosen->data()), args.num_chosen, copy.get());
+    int64_t before = -1;
+    for (int64_t j = 0; j < args.num_chosen; ++j) {
+      if (copy[j] <= before || copy[j] >= args.num_rows)
+        throw py::index_error("chosen[" + std::to_string(j) + "] = " + std::to_string(copy[j]) +
+                              " is not above the one before it and in [0, " + std::to_string(args.num_rows) + ")");
+      before = copy[j];
+    }
+    args.chosen = copy.get();
+  }
+  args.k = k;
+  const int64_t most = std::min(k, chosen ? args.num_chosen : args.num_rows);
+  py::array_t<int64_t> places(Sizes{args.num_queries, most}), first_nan(args.num_queries);
+  py::array_t<float> products(Sizes{args.num_queries, most});
+  args.rows = static_cast<const float*>(rows.data());
+  args.queries = static_cast<const float*>(queries.data());
+  args.places = places.mutable_data();
+  args.products = products.mutable_data();
+  args.first_nan = first_nan.mutable_data();
+  {
+    const ReleaseGil release;
+    TopProducts(args, pool);
+  }
+  return py::make_tuple(places, products, first_nan);
+}
+
 py::array HashBuckets(const std::vector<py::object>& texts, int64_t buckets) {
   if (buckets < 1) Fail("buckets must be at least 1, got " + std::to_string(buckets));
   py::array_t<int64_t> found(static_cast<py::ssize_t>(texts.size()));
@@ -365,6 +410,24 @@ Raises: what fm_forward raises.)");
         R"(float32 [B]: the sum of the bias and float32 arrays [B, 1], through a sigmoid if so asked.
 
 Raises: TypeError, ValueError: arrays that are not that.)");
+  m.def("top_products", &deepfm::Top, "rows"_a, "queries"_a, "k"_a, "chosen"_a = none, py::kw_only(),
+        "threads"_a = none,
+        R"(The rows with the largest inner products: (places, products, first_nan). One pass over the rows.
+
+Args:
+    rows: float32 [N, D].
+    queries: float32 [B, D].
+    k: how many, from 1 on; where it is more than there are, all of them.
+    chosen: int64 [n], ascending: the rows that count. None: all.
+    threads: at most so many; None: all of the machine's.
+
+Returns:
+    places int64 [B, min(k, n)] and products float32, the largest first, of equal ones the row that lies first;
+    first_nan int64 [B]: the first row whose product is NaN, or -1. Where there is one, the others say nothing.
+
+Raises:
+    TypeError, ValueError: arrays that are not that, or k below 1.
+    IndexError: chosen that do not ascend, or leave the rows.)");
   m.def("hash_buckets", &deepfm::HashBuckets, "texts"_a, "buckets"_a,
         R"(int64 [n] in [0, buckets): what tf.strings.to_hash_bucket_fast gives for each text, str or bytes.
 

@@ -1,11 +1,12 @@
 """Feature columns on NumPy arrays: raw inputs to the pairs of a table; `columns_tensorflow` is the other side."""
 
+import copy
 import math
 
 import numpy as np
 
 from deepfm_ops.features import cells
-from deepfm_ops.features.columns import SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain
+from deepfm_ops.features.columns import SparseFeat, TablePlan, VarLenSparseFeat, column_from_plain, input_specs
 from deepfm_ops.features.tables import Table, flat, number
 
 
@@ -146,6 +147,28 @@ class ColumnEncoder:
 
     def __init__(self, columns):
         self.plan = TablePlan([column_from_plain(column) for column in columns])
+
+    def part(self, names):
+        """The encoder of the columns whose inputs are among `names`.
+
+        Returns:
+            (encoder, or None without such a column; whether each pair is one of theirs, a list of bool).
+
+        Raises:
+            ValueError: a column that has some of its inputs there and some not.
+
+        """
+        part, kept = copy.copy(self), []
+        part.plan = copy.copy(self.plan)
+        part.plan.columns = []
+        for column in self.plan.columns:
+            specs = input_specs([column])
+            here = {name in names for name in specs}
+            if len(here) > 1:
+                raise ValueError(f"column {column.name!r} needs {list(specs)} of one side, the user's or the items'")
+            kept += [*here] * math.prod(specs[column.name][0])
+            part.plan.columns += [column] * here.pop()
+        return part if part.plan.columns else None, kept
 
     def __call__(self, inputs):
         indices, values, masks = [], [], []

@@ -5,6 +5,7 @@ does not.
 """
 
 from deepfm_ops.scorer.file import ScorerFileError
+from deepfm_ops.scorer.ranking import Items
 from deepfm_ops.scorer.scoring import ACTIVATIONS, Scorer
 
-__all__ = ["ACTIVATIONS", "Scorer", "ScorerFileError"]
+__all__ = ["ACTIVATIONS", "Items", "Scorer", "ScorerFileError"]

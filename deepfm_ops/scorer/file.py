@@ -29,6 +29,7 @@ import secrets
 import shutil
 import struct
 import zipfile
+from typing import NamedTuple
 
 from deepfm_ops import container
 from deepfm_ops.container import MANIFEST
@@ -42,15 +43,31 @@ LARGEST_MANIFEST = 1 << 24  # bytes, from format 2 on, where arrays hold what is
 MOST_SHARDS = 1 << 12
 _READS = 8  # of a file that is replaced again and again while its shards are opened
 _PIECE = 1 << 24
-_COMMENT = re.compile(rb"deepfm_ops scorer (\d+) sha256 ([0-9a-f]{64})\Z")
-_COMMENT_START = b"deepfm_ops scorer "
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")  # of a file in the same folder
 _LONGEST_COMMENT = 200
 
 
+class _Kind(NamedTuple):
+    """What a file is, as its comment says."""
+
+    word: str
+    newest: int
+    readable: tuple
+    called: str
+    writer: str
+    content: str
+
+
+_SCORER = _Kind("scorer", NEWEST, READABLE, "a scorer file", "deepfm_ops.export_scorer", "a model")
+_ITEMS = _Kind("items", 1, (1,), "a file of items", "Items.save", "items")
+
+
 class ScorerFileError(ValueError):
-    """A file that is not a scorer's, is damaged, is of a format that this version does not read, or holds no model."""
+    """A file that is not a scorer's, is damaged, is of a format that this version does not read, or holds no model.
+
+    Or that is none of items, which `Items.load` reads.
+    """
 
 
 class _Lost(ScorerFileError):
@@ -81,7 +98,7 @@ class _Written:
         return os.pread(self._file.fileno(), stop - start, start)
 
 
-def _write(path, manifest, arrays, version):
+def _write(path, manifest, arrays, version, kind=_SCORER):
     """Writes a new file, and returns its digest."""
     with open(path, "x+b") as file:
         with zipfile.ZipFile(file, "w") as archive:
@@ -90,7 +107,7 @@ def _write(path, manifest, arrays, version):
                 container.write_array(archive, name, array)
         file.flush()
         digest = _digest(_Written(file, os.fstat(file.fileno()).st_size - 2))  # without the length of the comment
-        container.seal(file, f"deepfm_ops scorer {version} sha256 {digest}")
+        container.seal(file, f"deepfm_ops {kind.word} {version} sha256 {digest}")
     return digest
 
 
@@ -190,21 +207,22 @@ def _named(manifest):
     raise ValueError(f"it cannot have shards {shards!r:.100}: a name and 1 to {MOST_SHARDS:,} digests")
 
 
-def _checked(path, content):
+def _checked(path, content, kind):
     """(digest, format) of the mapped file, once it is known to be right."""
-    tail = content[-_LONGEST_COMMENT:]
-    comment = tail[tail.rfind(_COMMENT_START) :] if _COMMENT_START in tail else b""
-    known = _COMMENT.match(comment)
-    version = re.match(rb"deepfm_ops scorer (\d{1,9}) ", comment)
-    if version and int(version[1]) > NEWEST:
+    tail, start = content[-_LONGEST_COMMENT:], f"deepfm_ops {kind.word} ".encode()
+    comment = tail[tail.rfind(start) :] if start in tail else b""
+    known = re.match(start + rb"(\d+) sha256 ([0-9a-f]{64})\Z", comment)
+    version = re.match(start + rb"(\d{1,9}) ", comment)
+    if version and int(version[1]) > kind.newest:
         raise ScorerFileError(
-            f"{path} is of format {int(version[1])}, this version of deepfm_ops reads {NEWEST}: upgrade deepfm_ops, or "
-            "export the model with this version"
+            f"{path} is of format {int(version[1])}, this version of deepfm_ops reads {kind.newest}: upgrade "
+            f"deepfm_ops, or write {kind.content} with this version"
         )
-    if not known or int(known[1]) not in READABLE:
-        if content[:4] == b"PK\x03\x04" and content[30 : 30 + len(MANIFEST)] == MANIFEST.encode():
+    if not known or int(known[1]) not in kind.readable:
+        is_ours = content[:4] == b"PK\x03\x04" and content[30 : 30 + len(MANIFEST)] == MANIFEST.encode()
+        if is_ours and not re.search(rb"deepfm_ops [a-z]+ \d+ sha256 [0-9a-f]{64}\Z", tail):
             raise ScorerFileError(f"{path} is damaged: it was cut off, or its end was changed")
-        raise ScorerFileError(f"{path} is not a scorer file; deepfm_ops.export_scorer writes them")
+        raise ScorerFileError(f"{path} is not {kind.called}; {kind.writer} writes them")
     end = len(content) - len(comment) - 2
     with memoryview(content) as view, view[:end] as covered:
         found = _digest(covered)
@@ -270,17 +288,32 @@ def _shard(path, named, index, digests):
     return arrays
 
 
-def read_alone(path, called):
+def write_items(path, manifest, arrays):
+    """Writes a file of items, of the same form but for the comment, replacing what is at `path` whole or not at all."""
+    with replacing(path) as fresh:
+        _write(fresh, manifest, arrays, _ITEMS.newest, _ITEMS)
+
+
+def read_items(path):
+    """(manifest, {name: array}) of what `write_items` wrote; the arrays can be written to, in this process's memory.
+
+    Raises: what `read` raises.
+
+    """
+    return read_alone(path, path, _ITEMS, mmap.ACCESS_COPY)[:2]
+
+
+def read_alone(path, called, kind=_SCORER, access=mmap.ACCESS_READ):
     """What `read` gives, of a file or a shard by itself; errors name it as `called`."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ScorerFileError(f"{called} is empty")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        digest, version = _checked(called, content)
+        content = mmap.mmap(file.fileno(), 0, access=access)
+        digest, version = _checked(called, content, kind)
     try:
         manifest, entries = container.entries(content)
         arrays = {name: container.array(content, entry) for name, entry in entries.items()}
         largest = container.LARGEST_MANIFEST if version == 1 else LARGEST_MANIFEST
         return container.manifest(content, manifest, largest), arrays, digest
     except ValueError as error:  # whole, but of another writer
-        raise ScorerFileError(f"{called} does not hold a model: {error}") from error
+        raise ScorerFileError(f"{called} does not hold {kind.content}: {error}") from error

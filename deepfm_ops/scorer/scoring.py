@@ -13,7 +13,8 @@ from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.tables import is_table
 from deepfm_ops.scorer import content, file
 from deepfm_ops.scorer.file import ScorerFileError
-from deepfm_ops.scorer.rows import Sharded, decoded, gathered
+from deepfm_ops.scorer.ranking import Items
+from deepfm_ops.scorer.rows import INT8_HEADER, Sharded, decoded, gathered
 
 try:
     from deepfm_ops import kernels
@@ -181,6 +182,73 @@ class Scorer:
             raise ValueError("row_splits and bag_splits exclude each other")
         return model.score_ragged(indices, values, row_splits, bag_splits)
 
+    def items(self, table, key=None):
+        """Items to be ranked, encoded and summed once.
+
+        Args:
+            table: an item per row: a pandas or polars DataFrame, a pyarrow Table or a dict of equally long lists or
+                arrays, with some of the model's raw inputs; the others are the user's, and other columns are ignored.
+            key: name of a column with a key for each item, for `Items.update` and `Items.keys`; it may be an input.
+
+        Returns:
+            `Items`, bound to this scorer's model.
+
+        Raises:
+            ValueError: a model of matrices, no input in the table, two inputs of one column of which only one is there,
+                a key that is missing or there twice; inputs that do not fit the model.
+            KeyError: no column of that name.
+            TypeError: something that is no table, or inputs of another kind.
+
+        """
+        return Items.of(self._model, table, key)
+
+    def rank(self, user, items, k, *, among=None, shortlist=None):
+        """The k items of the highest scores, those that `score` gives the joined rows to 1e-5.
+
+        Without a deep part it is one pass over `items.rows`. With one, the hidden layers are computed for each item,
+        from the first layer's sum on, or for those of a shortlist: the items that are first without the deep part.
+        `recall` says what a shortlist loses.
+
+        Args:
+            user: the raw inputs that the items do not give: one record, a dict of plain values; or a table of users.
+            items: what `items` gave, or `Items.load`.
+            k: how many, from 1 on; where it is more than there are, all of them.
+            among: the items that count: a mask, bool [N], or positions. None: all.
+            shortlist: how many items, k at least, get their deep part. None: all.
+
+        Returns:
+            positions: int64 [k] of a record, or [B, k] of a table, of the highest score first; equal ones as they lie.
+            scores: float32, of the same shape.
+
+        Raises:
+            ValueError: items of another model, an input that the user and the items give, an item whose score is NaN,
+                k, among or shortlist that cannot be; inputs that do not fit the model.
+            KeyError: inputs that neither gives.
+            IndexError: a position that no item has.
+            TypeError: something that is no table or no Items, or inputs of another kind.
+
+        """
+        if not isinstance(items, Items):
+            raise TypeError(f"items must be Items, which scorer.items(table) makes, got {type(items).__name__}")
+        model = self._model
+        if items.digest != model.digest:
+            raise ValueError(
+                f"items were made with the model {items.digest}, this scorer has {model.digest}: make them anew"
+            )
+        return items.rank(user, k, among, shortlist)
+
+    def recall(self, user, items, k, shortlist, *, among=None):
+        """The share of the first k items that `rank` finds with a shortlist, the mean over the users.
+
+        Raises: what `rank` raises.
+
+        """
+        exact, found = (
+            np.atleast_2d(self.rank(user, items, k, among=among, shortlist=n)[0]) for n in (None, shortlist)
+        )
+        shares = [np.isin(right, got).mean() for right, got in zip(exact, found, strict=True) if len(right)]
+        return float(np.mean(shares)) if shares else 1.0
+
 
 _SHORT = 4096  # numbers of a product that takes no lock, see forks.Calls
 
@@ -205,17 +273,51 @@ class _Lookup:
         self.table = arrays[plan["table"]]
         self.weights = arrays[plan["weights"]] if plan.get("weights") else None
         self.encoder = plan["encoder"] or 0  # the matrices count as the only one
-        self.spans = plan["spans"]
-        self.field_sizes = plan["field_sizes"]
-        self.splits = None
-        if any(size != 1 for size in self.field_sizes):
-            self.splits = [0, *np.cumsum(self.field_sizes).tolist()]
-        self.first_columns = [0, *np.cumsum(self.field_sizes[:-1]).tolist()]
+        self.dim = self.table.shape[1] - INT8_HEADER * (self.table.dtype == np.uint8)
         self.threads = threads
+        self._set_fields(plan["field_sizes"], plan["spans"])
+
+    def _set_fields(self, field_sizes, spans):
+        self.field_sizes, self.spans, self.splits = field_sizes, spans, None
+        if any(size != 1 for size in field_sizes):
+            self.splits = [0, *np.cumsum(field_sizes).tolist()]
+        self.first_columns = [0, *np.cumsum(field_sizes[:-1]).tolist()]
+
+    def part(self, columns):
+        """The lookup of some of its columns of pairs alone, and which of its fields, after pooling, are left.
+
+        Args:
+            columns: whether each is one of them, a list of bool.
+
+        Returns:
+            (lookup, or None if no field is left; a list of bool).
+
+        Raises:
+            ValueError: a field has columns of both kinds.
+
+        """
+        kept = []
+        for first, size in zip(self.first_columns, self.field_sizes, strict=True):
+            kinds = set(columns[first : first + size])
+            if len(kinds) > 1:
+                raise ValueError(f"columns {first} to {first + size - 1} of the matrices are one field")
+            kept += kinds
+        spans, pooled, first = [], [], 0
+        for fields, is_max in self.spans or [(len(kept), False)]:
+            here = kept[first : first + fields]
+            spans += [(sum(here), is_max)] * any(here)
+            pooled += here[:1] if is_max else here
+            first += fields
+        if not any(kept):
+            return None, pooled
+        part = copy.copy(self)
+        sizes = [size for size, keep in zip(self.field_sizes, kept, strict=True) if keep]
+        part._set_fields(sizes, None if self.spans is None else spans)
+        return part, pooled
 
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
-        """(interaction, embeddings or None, linear or None)."""
-        interaction, _, e, linear = kernels.fm_forward(
+        """(interaction, sums, embeddings or None, linear or None)."""
+        return kernels.fm_forward(
             self.table,
             indices,
             values,
@@ -226,7 +328,6 @@ class _Lookup:
             return_embeddings=embeddings,
             threads=self.threads,
         )
-        return interaction, e, linear
 
     def pooled(self, e, mask):
         """The embeddings after max pooling, which only some columns have."""
@@ -291,6 +392,7 @@ class _Model:
             for i in range(plan["num_hidden"])
         ]
         self.deep = arrays.get("deep")
+        self.threads = threads
         self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
@@ -326,12 +428,17 @@ class _Model:
         return self._scores([(indices, values, None)], {}, None)
 
     def score_raw(self, table):
+        return self._scores(*self.encoded(table), None)
+
+    def encoded(self, table, stacklevel=4):
+        """([(indices, values, mask) of each encoder, or of the matrices], inputs by name) of raw features."""
         if self.features is not None:
             indices, values, unknown = self.features.encode(table)
             for name in unknown.keys() - self.warned:  # once per column and model: a server has many requests
                 self.warned.add(name)
-                warnings.warn(unknown[name], stacklevel=3)
-            return self.score_matrix(indices, values)
+                warnings.warn(unknown[name], stacklevel=stacklevel)
+            _check_values(values)
+            return [(indices, values, None)], {}
         if self.inputs is None:
             raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
         inputs = columns_numpy.raw_inputs(table, self.inputs, self.sequences)
@@ -339,7 +446,7 @@ class _Model:
             if kind not in ("string", "int64"):
                 inputs[name] = inputs[name].astype(kind).astype(np.float32)  # as the model's input rounds it
             inputs[name] = inputs[name].reshape(-1, math.prod(shape))
-        return self._scores([encode(inputs) for encode in self.encoders], inputs, None)
+        return [encode and encode(inputs) for encode in self.encoders], inputs
 
     def score_ragged(self, indices, values, row_splits, bag_splits):
         splits = np.asarray(row_splits if bag_splits is None else bag_splits)
@@ -362,7 +469,7 @@ class _Model:
         for first in self.first_orders:
             parts.append(first(indices, values, "sum", row_splits=splits)[0])
         for lookup in self.lookups:
-            e, _, linear = lookup(indices, values, "sum", row_splits=splits)
+            e, _, _, linear = lookup(indices, values, "sum", row_splits=splits)
             embeddings.append(e.reshape(batch, fields, e.shape[1]))
             if linear is not None:
                 parts.append(linear)
@@ -372,46 +479,77 @@ class _Model:
 
     def _scores(self, pairs, inputs, row_splits):
         """The scores, from the (indices, values, mask) of each encoder, or of the matrices."""
-        parts, embeddings, interactions = [], [], []
+        parts, _, embeddings = self.parts(pairs, inputs, row_splits)
+        return self._finish(parts, embeddings, inputs)
+
+    def parts(self, pairs, inputs, row_splits=None):
+        """What is added up but for the deep part.
+
+        Args:
+            pairs: (indices, values, mask) of each encoder, or of the matrices.
+            inputs: by name, those that are numbers.
+            row_splits: of ragged samples, or None.
+
+        Returns:
+            parts: list of float32 [B, 1].
+            sums: of the embeddings [B, K] that interact, for each group of the second order.
+            embeddings: [B, F, K] of each lookup, or None where nobody needs them.
+
+        """
+        parts, sums, embeddings, interactions = [], [], [], []
         for first in self.first_orders:
             indices, values, mask = pairs[first.encoder]
             if first.spans is None:
                 parts.append(first(indices, values, "sum", row_splits=row_splits)[0])
             else:
-                e = first(indices, values, embeddings=True)[1]
+                e = first(indices, values, embeddings=True)[2]
                 parts.append(first.pooled(e, mask).sum(axis=1))
         for lookup, needed in zip(self.lookups, self.needs_embeddings, strict=True):
             indices, values, mask = pairs[lookup.encoder]
-            interaction, e, linear = lookup(indices, values, embeddings=needed, row_splits=row_splits)
+            *interaction, e, linear = lookup(indices, values, embeddings=needed, row_splits=row_splits)
             interactions.append(interaction)
             embeddings.append(e if e is None else lookup.pooled(e, mask))
             if linear is not None:
                 parts.append(linear)
         for group in self.second_order:
             if isinstance(group, int):
-                parts.append(interactions[group])
+                parts.append(interactions[group][0])
+                sums.append(interactions[group][1])
             else:
-                chosen = [embeddings[table][:, field] for table, field in group]
-                parts.append(_second_order(np.stack(chosen, axis=1)))
+                chosen = np.stack([embeddings[table][:, field] for table, field in group], axis=1)
+                parts.append(_second_order(chosen))
+                sums.append(chosen.sum(axis=1))
         if self.linear_dense:
             numbers = np.concatenate([inputs[name] for name in self.linear_dense], axis=1)
             with forks.matrix_products:
                 parts.append(numbers.astype(np.float32, copy=False) @ self.linear_kernel)
-        return self._finish(parts, embeddings, inputs)
+        return parts, sums, embeddings
 
     def _finish(self, parts, embeddings, inputs):
         """Adds the deep part, and applies the sigmoid."""
         if self.deep is not None:
-            flat = [e.reshape(len(e), e.shape[1] * e.shape[2]) for e in embeddings]
-            flat += [inputs[name].astype(np.float32, copy=False) for name in self.deep_dense]
-            x = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+            x = self.deep_input(embeddings, inputs)
             with forks.matrix_products:
-                for kernel, bias, activation in self.layers:
-                    x = x @ kernel
-                    x += bias
-                    x = activation(x)
-                parts.append(x @ self.deep)
+                if self.layers:
+                    x = x @ self.layers[0][0]
+                    x += self.layers[0][1]
+                parts.append(self.deep_from(x))
         return kernels.head(parts, self.bias, self.is_binary)
+
+    def deep_input(self, embeddings, inputs):
+        """[B, .], what enters the deep part."""
+        flat = [e.reshape(len(e), e.shape[1] * e.shape[2]) for e in embeddings]
+        flat += [inputs[name].astype(np.float32, copy=False) for name in self.deep_dense]
+        return flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+
+    def deep_from(self, x):
+        """The deep part [B, 1] from the first product and its bias on, which are overwritten; in matrix_products."""
+        for number, (kernel, bias, activation) in enumerate(self.layers):
+            if number:
+                x = x @ kernel
+                x += bias
+            x = activation(x)
+        return x @ self.deep
 
 
 def _second_order(e):

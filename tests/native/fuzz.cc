@@ -8,6 +8,7 @@
 
 #include "../../csrc/kernels/cpu_kernels.h"
 #include "../../csrc/kernels/fm.h"
+#include "../../csrc/kernels/top_products.h"
 #include "../../csrc/python/thread_pool.h"
 #include "fuzz.h"
 
@@ -529,6 +530,52 @@ void QuantizedCase(const char* where, const Parallel& parallel) {
   }
 }
 
+// Rows of small integers, whose products are exact and often equal, against a sort of all of them.
+void TopProductsCase(const char* where, const Parallel& parallel) {
+  const int64_t n = Chance(90) ? Uniform(0, 700) : Uniform(0, 40000), dim = Uniform(0, 40), queries = Uniform(0, 3);
+  const bool some = Chance(40);
+  Array<float> rows(n * dim, false), query(queries * dim, false);
+  for (float& x : rows.data) x = static_cast<float>(Uniform(-2, 2));
+  for (float& x : query.data) x = static_cast<float>(Uniform(-2, 2));
+  std::vector<int64_t> chosen;
+  for (int64_t row = 0; row < n; ++row)
+    if (!some || Chance(30)) chosen.push_back(row);
+  const int64_t count = static_cast<int64_t>(chosen.size()), k = Uniform(1, Chance(50) ? 5 : count + 3);
+  const int64_t most = std::min(k, count);
+  const int64_t nan = dim > 0 && count > 0 && Chance(20) ? chosen[Uniform(0, count - 1)] : -1;
+  if (nan >= 0) rows.data[nan * dim] = NAN;
+  Array<int64_t> places(queries * most, true), first_nan(queries, true);
+  Array<float> products(queries * most, true);
+  TopProductsArgs a;
+  a.rows = rows.data.data();
+  a.num_rows = n;
+  a.dim = dim;
+  a.chosen = some ? chosen.data() : nullptr;
+  a.num_chosen = some ? count : 0;
+  a.queries = query.data.data();
+  a.num_queries = queries;
+  a.k = k;
+  a.places = places.data.data();
+  a.products = products.data.data();
+  a.first_nan = first_nan.data.data();
+  TopProducts(a, parallel);
+  EXPECT(places.Intact() && products.Intact() && first_nan.Intact(), "n=%ld dim=%ld k=%ld", long(n), long(dim), long(k));
+  for (int64_t b = 0; b < queries; ++b) {
+    EXPECT(first_nan.data[b] == nan, "query %ld: %ld, %ld", long(b), long(first_nan.data[b]), long(nan));
+    if (nan >= 0) continue;
+    auto product = [&](int64_t row) {
+      float sum = 0;
+      for (int64_t d = 0; d < dim; ++d) sum += rows.data[row * dim + d] * query.data[b * dim + d];
+      return sum;
+    };
+    std::vector<int64_t> order = chosen;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return product(x) > product(y); });
+    for (int64_t i = 0; i < most; ++i)
+      EXPECT(places.data[b * most + i] == order[i] && products.data[b * most + i] == product(order[i]),
+             "n=%ld dim=%ld k=%ld query %ld place %ld", long(n), long(dim), long(k), long(b), long(i));
+  }
+}
+
 }  // namespace
 }  // namespace deepfm
 
@@ -543,7 +590,7 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < cases; ++i) {
       const std::string where = std::string(isa) + " case " + std::to_string(i);
       const Parallel parallel = ThreadPool::Get().Lend(static_cast<int>(1 + i % 4));
-      switch (i % 8) {
+      switch (i % 9) {
         case 0:
           Case<Float, int32_t>(where.c_str(), parallel);
           break;
@@ -565,8 +612,11 @@ int main(int argc, char** argv) {
         case 6:
           QuantizedCase<int32_t>(where.c_str(), parallel);
           break;
-        default:
+        case 7:
           QuantizedCase<int64_t>(where.c_str(), parallel);
+          break;
+        default:
+          TopProductsCase(where.c_str(), parallel);
       }
     }
     total += cases;

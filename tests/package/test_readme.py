@@ -50,7 +50,16 @@ def test_pages_that_are_named_exist():
 
 @pytest.mark.parametrize(
     "module",
-    ["features.dictionary", "data.libsvm", "data.pairs", "layers", "models.matrix", "scorer.scoring", "cluster.model"],
+    [
+        "features.dictionary",
+        "data.libsvm",
+        "data.pairs",
+        "layers",
+        "models.matrix",
+        "scorer.scoring",
+        "scorer.ranking",
+        "cluster.model",
+    ],
 )
 def test_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"deepfm_ops.{module}"))

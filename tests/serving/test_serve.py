@@ -101,6 +101,13 @@ def _models(tmp_path_factory):
     broken = DeepFM(100, 3, 8, use_deep=False)
     broken.get_layer("fm").w[0].assign([np.nan])
     deepfm_ops.export_scorer(broken, folder / "nan")
+    loaded = scorer.Scorer.load(folder / "features")
+    films = {"genres": [["war"], ["drama", "war"], [], ["war"]], "sku": list("wxyz")}
+    loaded.items(films, "sku").save(folder / "items")
+    loaded.items({"genres": films["genres"]}).save(folder / "without keys")
+    other = DeepFM(features.num_features, 3, 4, (5,), field_sizes=features.field_sizes, seed=4)
+    deepfm_ops.export_scorer(other, folder / "other", features=features)
+    scorer.Scorer.load(folder / "other").items(films, "sku").save(folder / "other items")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -403,6 +410,99 @@ def test_scores_that_are_no_numbers_are_null(models, tmp_path):
         status, answer = server.score({"indices": [[0, 1, 2], [1, 2, 3]]})
     assert status == 200
     assert answer["scores"][0] is None and 0 < answer["scores"][1] < 1
+
+
+@pytest.fixture(scope="module", name="ranking")
+def _ranking(models, tmp_path_factory):
+    with serving(
+        tmp_path_factory.mktemp("ranking"), models["features"], switches=["--items", models["items"]]
+    ) as server:
+        yield server
+
+
+def test_ranks(ranking, models):
+    loaded = scorer.Scorer.load(models["features"])
+    items = scorer.Items.load(models["items"], loaded)
+    for user in ({"user": "ann", "age": 0.5}, {"user": None, "age": None}):
+        for options in ({}, {"among": [3, 0, 1]}, {"among": []}, {"shortlist": 3}, {"shortlist": 1, "among": [2]}):
+            status, answer = ranking.call("POST", "/rank", {"user": user, "k": 3} | options)
+            positions, scores = loaded.rank(user, items, 3, **options)
+            assert status == 200 and answer["positions"] == positions.tolist(), answer
+            np.testing.assert_allclose(np.float32(answer["scores"]), scores, rtol=0, atol=1e-6)
+            assert answer["keys"] == ["wxyz"[n] for n in positions] and answer["version"] == loaded.digest
+    assert ranking.call("POST", "/rank", {"user": user, "k": 50})[1]["positions"][3:] != []
+    assert ranking.score({"inputs": {"user": ["ann"], "age": [1], "genres": ["war"]}})[0] == 200
+
+
+ANN = {"user": "ann", "age": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"{", 400, "the body is not JSON"),
+        (b" " * 60_001, 413, "the body has more than 60000 bytes"),
+        ([1], 422, "the body must be a JSON object"),
+        ({}, 422, r"must hold user and k, and maybe among and shortlist; got \[\]"),
+        ({"user": ANN, "k": 3, "n": 1}, 422, r"got \['k', 'n', 'user'\]"),
+        ({"user": ["ann"], "k": 3}, 422, "user must be an object with an input's value each"),
+        ({"user": ANN, "k": 51}, 413, "k is 51, at most 50 are allowed"),
+        ({"user": ANN, "k": 2**70}, 422, "k and shortlist must be integers"),
+        ({"user": ANN, "k": 0}, 422, "k must be a whole number from 1 on, got 0"),
+        ({"user": ANN, "k": 1.5}, 422, "k and shortlist must be integers"),
+        ({"user": ANN, "k": True}, 422, "k and shortlist must be integers"),
+        ({"user": ANN, "k": 3, "shortlist": "9"}, 422, "k and shortlist must be integers"),
+        ({"user": ANN, "k": 3, "shortlist": -1}, 422, "shortlist must be a whole number from 1 on, got -1"),
+        ({"user": ANN, "k": 3, "among": 1}, 422, "among must be a list of positions"),
+        ({"user": ANN, "k": 3, "among": [1, 2.0]}, 422, "among must be a list of positions"),
+        ({"user": ANN, "k": 3, "among": [True]}, 422, "among must be a list of positions"),
+        ({"user": ANN, "k": 3, "among": [4]}, 422, r"among has position 4, which is not in \[0, 4\)"),
+        ({"user": ANN, "k": 3, "among": [2**63]}, 422, "among has a position that no item has"),
+        ({"user": {"user": "ann"}, "k": 3}, 422, r"user is missing the columns \['age'\]"),
+        (
+            {"user": ANN | {"genres": "war"}, "k": 3},
+            422,
+            r"unknown columns \['genres'\]; of the user the model has \['user', 'age'\]",
+        ),
+        ({"user": ANN | {"age": [1]}, "k": 3}, 422, "input 'age' must not hold lists"),
+        ({"user": ANN | {"age": {}}, "k": 3}, 422, "input 'age' must not hold objects"),
+        ({"user": ANN | {"age": 1e30}, "k": 3}, 422, "column 'age', row 0: 1e"),
+    ],
+)
+def test_bad_requests_for_ranks(ranking, body, status, text):
+    found, answer = ranking.call("POST", "/rank", body)
+    assert found == status and re.search(text, answer["detail"]), answer
+
+
+def test_a_server_without_items(server):
+    assert server.call("POST", "/rank", {"user": ANN, "k": 3}) == (
+        404,
+        {"detail": "this server ranks no items: start it with --items"},
+    )
+
+
+def test_reload_of_a_model_and_its_items(models, tmp_path):
+    """Whichever comes first, the old pair stays until both are there."""
+    path, items = tmp_path / "served", tmp_path / "served items"
+    pairs = [("features", "items"), ("other", "other items")]
+    digests = [scorer.Scorer.load(models[name]).digest for name, _ in pairs]
+    replace(path, models["features"])
+    replace(items, models["without keys"])
+    body = {"user": ANN, "k": 3}
+    with serving(tmp_path, path, switches=["--items", items]) as server:
+        ranked = lambda: server.call("POST", "/rank", body)[1]  # noqa: E731
+        assert ranked().keys() == {"positions", "scores", "version"}
+        replace(items, models["items"])  # of the same model
+        server.wait_for(lambda: "keys" in ranked())
+        replace(path, models["other"])
+        server.wait_for(lambda: "the old model stays: " in server.log.read_text())
+        assert ranked()["version"] == server.version() == digests[0]
+        replace(items, models["other items"])
+        server.wait_for(lambda: ranked()["version"] == digests[1])
+        replace(items, models["items"])
+        server.wait_for(lambda: server.log.read_text().count("the old model stays: ") == 2)
+        replace(path, models["features"])
+        server.wait_for(lambda: ranked()["version"] == server.version() == digests[0])
 
 
 def test_reload(models, tmp_path):
