@@ -22,7 +22,7 @@ BIN := .venv/bin
 TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := models/test_saving models/test_private_names serving/test_scorer serving/test_serve serving/test_shards \
+INDEPENDENT := models/test_saving models/test_private_names $(addprefix serving/test_,rank scorer serve shards) \
   $(addprefix cluster/test_,config feeding launch model storage training) $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
   $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources) \
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \

@@ -140,6 +140,7 @@ setup(
         "gpu": [f"tensorflow{versions.REQUIREMENT}"],
         "data": ["pandas", "pyarrow"],
         "demo": ["pandas", "matplotlib"],
+        "plot": ["matplotlib"],
         "serve": SERVE,
         "lint": LINT,
         "test": TEST,

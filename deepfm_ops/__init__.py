@@ -21,6 +21,7 @@ _HOME = {
     "Checkpoint": "checkpoints",
     "export": "saved_model",
     "export_scorer": "scorer.export",
+    "explain": "explanations",
 }
 _MODULES = (
     "checkpoints",
@@ -28,6 +29,7 @@ _MODULES = (
     "data",
     "datasets",
     "deepctr",
+    "explanations",
     "features",
     "kernels",
     "layers",

@@ -3,6 +3,7 @@ from . import cluster as cluster
 from . import data as data
 from . import datasets as datasets
 from . import deepctr as deepctr
+from . import explanations as explanations
 from . import features as features
 from . import kernels as kernels
 from . import layers as layers
@@ -14,6 +15,7 @@ from . import scorer as scorer
 from ._library import native_info as native_info
 from ._version import __version__ as __version__
 from .checkpoints import Checkpoint as Checkpoint
+from .explanations import explain as explain
 from .features import DenseFeat as DenseFeat
 from .features import FeatureDictionary as FeatureDictionary
 from .features import SparseFeat as SparseFeat

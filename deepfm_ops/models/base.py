@@ -47,6 +47,7 @@ class ConfiguredModel(keras.Model):
         _rows(parts, column, value): (source, rows) in the first of the lookups that has the column, or None.
         _dense_weights(column): the first-order weights of a dense column, or None.
         _column_names(): of the features.
+        _named_rows(column): (rows of its values that have names, function from a row to its name), or a ValueError.
     """
 
     _features = None
@@ -150,6 +151,41 @@ class ConfiguredModel(keras.Model):
         table = source.embeddings if source.w is None else source.w  # max pooling has a table of one column
         weights = keras.ops.convert_to_numpy(tf.gather(table.value, rows))[..., 0]
         return weights if weights.ndim else float(weights)
+
+    def similar(self, column, value, k=10):
+        """The values of a column whose embeddings are the most similar to one's, by cosine.
+
+        Args:
+            column: name.
+            value: as for `embedding`.
+            k: how many; more than there are: all.
+
+        Returns:
+            [(value, cosine)], the most similar first, of equal ones in the order of the indices; without the value
+            itself. Values are texts, or integers of a `SparseFeat` of integers. Of an embedding of zeros the cosine is
+            0.
+
+        Raises:
+            KeyError: no such column, or a value that `fit` did not see.
+            ValueError: the column has no embedding, or its values no names: it is numeric, or hashed.
+
+        """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+        found = self._rows(self.plan.lookups, column, value)
+        if found is None:
+            self._refuse(column, "embedding")
+        (source, row), (rows, name) = found, self._named_rows(column)
+        if value is None or row not in rows:
+            raise KeyError(f"column {column!r} has no value {value!r}")
+        rows = rows[rows != row]
+        self.show_averages()
+        e = keras.ops.convert_to_numpy(tf.gather(source.embeddings.value, [row, *rows])).astype(np.float64)
+        lengths = np.linalg.norm(e, axis=1)
+        products, scale = e[1:] @ e[0], lengths[1:] * lengths[0]
+        cosines = np.divide(products, scale, out=np.zeros(len(rows)), where=scale > 0)
+        first = np.argsort(-cosines, kind="stable")[:k]
+        return [(name(int(rows[i])), float(cosines[i])) for i in first]
 
     def _refuse(self, column, what):
         if column not in self._column_names():

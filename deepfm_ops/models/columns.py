@@ -259,6 +259,20 @@ class ColumnDeepFM(ConfiguredModel):
                     return part.source, _rows_of(member, start, value)
         return None
 
+    def _named_rows(self, column):
+        plans = [TablePlan(self.plan.encoders[part.encoder]) for part in self.plan.lookups]
+        plan, member = next((p, member) for p in plans for member in p.columns if member.name == column)
+        if isinstance(member, DenseFeat) or (member.use_hash and member.vocabulary is None):
+            raise ValueError(f"the values of column {column!r} have no names: it is numeric, or hashed")
+        start = plan.offsets[column]
+        names = range(member.vocabulary_size)
+        if member.vocabulary is not None:
+            names = {index: key for key, index in member.vocabulary.items()}
+        # Without lengths, index 0 of a sequence is padding.
+        is_padded = isinstance(member, VarLenSparseFeat) and member.length_name is None
+        rows = np.array([index for index in sorted(names) if index or not is_padded], np.int64)
+        return start + rows, lambda row: names[row - start]
+
     def _dense_weights(self, column):
         first = 0
         for dense in self.plan.linear_dense:

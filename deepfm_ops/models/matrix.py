@@ -10,6 +10,7 @@ import tensorflow as tf
 from deepfm_ops import arguments
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
+from deepfm_ops.features.vocabulary import NO_TEXT
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models import recipe, resizing
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
@@ -327,6 +328,16 @@ class DeepFM(ConfiguredModel):
         if index == 0:
             raise KeyError(f"value {value!r} of column {column!r} was not seen by fit")
         return parts[0].source, index
+
+    def _named_rows(self, column):
+        features = self._features
+        rows = features.indices(column)
+        if features._field(column).transform != "quantiles":
+            has_text = features.vocabulary.text_starts[rows] != NO_TEXT
+            rows = rows[has_text & features.keep_texts]
+        if not len(rows):
+            raise ValueError(f"the values of column {column!r} have no names: it is numeric, hashed, or without texts")
+        return rows, lambda row: features.name(row)[1]
 
     def _dense_weights(self, column):
         return None

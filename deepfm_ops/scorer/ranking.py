@@ -388,13 +388,14 @@ class _Side:
     def __call__(self, table, stacklevel):
         """(rows [B, 1 + K], hidden [B, H] or None) of a table; one row for a side without inputs.
 
-        Warnings are raised `stacklevel` frames above `_Model.encoded`.
+        Warnings are raised `stacklevel` frames above `_Model.raw_inputs`.
         """
         part = self._part
         pairs, inputs, count = [], {}, 1
         if self._names:
-            pairs, inputs = part.encoded(table, stacklevel)
-            count = len(next(iter(inputs.values())) if inputs else pairs[0][0])
+            inputs = part.raw_inputs(table, stacklevel)
+            pairs = part.pairs(inputs)
+            count = len(next(iter(inputs.values())))
         rows = np.zeros((count, self.width), np.float32)
         hidden = None if self.units is None else np.zeros((count, self.units), np.float32)
         for start in range(0, count if self._names else 0, _ENCODED):

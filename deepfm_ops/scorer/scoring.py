@@ -163,19 +163,7 @@ class Scorer:
                 f"this model takes raw inputs: a dict of {list(names)}, or a table; of records, pass "
                 "pandas.DataFrame(records)"
             )
-        indices = np.asarray(indices)
-        if indices.dtype.kind not in "iu" and indices.size:
-            raise TypeError(f"indices must be integers, got dtype {indices.dtype}")
-        if indices.dtype != np.int64 and indices.dtype != np.int32:
-            indices = indices.astype(np.int64)
-        indices = np.ascontiguousarray(indices)
-        if values is not None:
-            values = np.asarray(values)
-            if values.dtype != np.float32:
-                if values.dtype.kind not in "fiub":
-                    raise TypeError(f"values must be numbers, got dtype {values.dtype}")
-                values = values.astype(np.float32)
-            values = np.ascontiguousarray(values)
+        indices, values = as_matrices(indices, values)
         if row_splits is None and bag_splits is None:
             return model.score_matrix(indices, values)
         if row_splits is not None and bag_splits is not None:
@@ -248,6 +236,24 @@ class Scorer:
         )
         shares = [np.isin(right, got).mean() for right, got in zip(exact, found, strict=True) if len(right)]
         return float(np.mean(shares)) if shares else 1.0
+
+
+def as_matrices(indices, values=None):
+    """Indices and values, or None, as the kernels take them; raises TypeError for dtypes that do not fit."""
+    indices = np.asarray(indices)
+    if indices.dtype.kind not in "iu" and indices.size:
+        raise TypeError(f"indices must be integers, got dtype {indices.dtype}")
+    if indices.dtype != np.int64 and indices.dtype != np.int32:
+        indices = indices.astype(np.int64)
+    indices = np.ascontiguousarray(indices)
+    if values is not None:
+        values = np.asarray(values)
+        if values.dtype != np.float32:
+            if values.dtype.kind not in "fiub":
+                raise TypeError(f"values must be numbers, got dtype {values.dtype}")
+            values = values.astype(np.float32)
+        values = np.ascontiguousarray(values)
+    return indices, values
 
 
 _SHORT = 4096  # numbers of a product that takes no lock, see forks.Calls
@@ -397,6 +403,7 @@ class _Model:
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
         self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])
+        self.side = None  # what `explain` makes of it, once
 
     @classmethod
     def read(cls, path, threads):
@@ -421,24 +428,28 @@ class _Model:
             self.score_matrix(np.zeros((1, self.info["num_columns"]), np.int64), None)
 
     def score_matrix(self, indices, values):
+        return self._scores(self.pairs_of_matrix(indices, values), {}, None)
+
+    def score_raw(self, table):
+        inputs = self.raw_inputs(table)
+        return self._scores(self.pairs(inputs), inputs, None)
+
+    def pairs_of_matrix(self, indices, values):
+        """[(indices, values, None)], once they are known to fit the model."""
         columns = self.info["num_columns"]
         _check_values(values)
         if indices.ndim != 2 or indices.shape[1] != columns:
             raise ValueError(f"indices must have shape [B, {columns}], got {indices.shape}")
-        return self._scores([(indices, values, None)], {}, None)
+        return [(indices, values, None)]
 
-    def score_raw(self, table):
-        return self._scores(*self.encoded(table), None)
-
-    def encoded(self, table, stacklevel=4):
-        """([(indices, values, mask) of each encoder, or of the matrices], inputs by name) of raw features."""
+    def raw_inputs(self, table, stacklevel=4):
+        """{name: array} of raw features: what `pairs` takes, and what dense columns are read from."""
         if self.features is not None:
             indices, values, unknown = self.features.encode(table)
             for name in unknown.keys() - self.warned:  # once per column and model: a server has many requests
                 self.warned.add(name)
                 warnings.warn(unknown[name], stacklevel=stacklevel)
-            _check_values(values)
-            return [(indices, values, None)], {}
+            return {"indices": indices, "values": values}
         if self.inputs is None:
             raise ValueError("this model was exported without its FeatureDictionary: it takes indices and values")
         inputs = columns_numpy.raw_inputs(table, self.inputs, self.sequences)
@@ -446,7 +457,14 @@ class _Model:
             if kind not in ("string", "int64"):
                 inputs[name] = inputs[name].astype(kind).astype(np.float32)  # as the model's input rounds it
             inputs[name] = inputs[name].reshape(-1, math.prod(shape))
-        return [encode and encode(inputs) for encode in self.encoders], inputs
+        return inputs
+
+    def pairs(self, inputs):
+        """[(indices, values, mask or None)] of each encoder, or of the matrices."""
+        if self.features is not None:
+            _check_values(inputs["values"])
+            return [(inputs["indices"], inputs["values"], None)]
+        return [encode and encode(inputs) for encode in self.encoders]
 
     def score_ragged(self, indices, values, row_splits, bag_splits):
         splits = np.asarray(row_splits if bag_splits is None else bag_splits)
@@ -528,13 +546,17 @@ class _Model:
     def _finish(self, parts, embeddings, inputs):
         """Adds the deep part, and applies the sigmoid."""
         if self.deep is not None:
-            x = self.deep_input(embeddings, inputs)
-            with forks.matrix_products:
-                if self.layers:
-                    x = x @ self.layers[0][0]
-                    x += self.layers[0][1]
-                parts.append(self.deep_from(x))
+            parts.append(self.deep_part(embeddings, inputs))
         return kernels.head(parts, self.bias, self.is_binary)
+
+    def deep_part(self, embeddings, inputs):
+        """[B, 1] of the embeddings [B, F, K] of each lookup."""
+        x = self.deep_input(embeddings, inputs)
+        with forks.matrix_products:
+            if self.layers:
+                x = x @ self.layers[0][0]
+                x += self.layers[0][1]
+            return self.deep_from(x)
 
     def deep_input(self, embeddings, inputs):
         """[B, .], what enters the deep part."""

@@ -54,6 +54,7 @@ def test_pages_that_are_named_exist():
         "features.dictionary",
         "data.libsvm",
         "data.pairs",
+        "explanations.explaining",
         "layers",
         "models.matrix",
         "scorer.scoring",
