@@ -7,7 +7,7 @@
 # make matrix  test every supported TensorFlow with every Python (GRID="X.Y-3.10 ..." picks cells, REFERENCE=1 tests the
 #              fallback too, PYTHONS=path:path says where interpreters are), into build/matrix/results.md
 # make docs    pages of the public names, from the docstrings, into build/docs
-# make sanitize  fuzz the kernels, the tables and the libsvm parser under ASan, UBSan and TSan
+# make sanitize  fuzz the kernels, those of CUDA on the CPU, the tables and the libsvm parser under ASan, UBSan and TSan
 # make bench   set up, then measure, and write bench/RESULTS.md (a quarter of an hour)
 # make bench-train   training steps over vocabulary size (20 minutes, 24 GB), into the same report
 # make bench-serve   latencies of serving, of ours and of everybody else's (half an hour), into the same report
@@ -24,6 +24,7 @@ SOURCES := $(shell find csrc -type f)
 
 INDEPENDENT := models/test_saving models/test_private_names $(addprefix serving/test_,rank scorer serve shards) \
   $(addprefix cluster/test_,config feeding launch model storage training) $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
+  $(addprefix cuda/test_,cases device_code dlpack) \
   $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources) \
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
   $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
@@ -149,28 +150,44 @@ build/$(1)/fuzz build/$(1)/fuzz_tables: build/$(1)/fuzz%: build/$(1)/fuzz%.o
 endef
 $(foreach kind,asan tsan,$(eval $(call FUZZ,$(kind))))
 
+# The CUDA kernels on the CPU. A CUDA thread is a thread where races are looked for, which takes long: fewer cases.
+CUDA_CASES = $(shell expr $(CASES) / 20)
+CUDA_FLAGS_tsan := -DDEEPFM_EMULATE_WITH_THREADS
+
+define FUZZ_CUDA
+build/$(1)/cuda/%.o: % $(SOURCES) tests/native/fuzz.h
+	@mkdir -p $$(dir $$@)
+	$$(CXX) -std=c++17 -O1 -g1 -Wall $$(FLAGS_$(1)) $$(CUDA_FLAGS_$(1)) -x c++ -c $$< -o $$@
+build/$(1)/fuzz_cuda: $(patsubst %,build/$(1)/cuda/%.o,$(wildcard csrc/cuda/*.cu) tests/native/fuzz_cuda.cc)
+	$$(CXX) $$(FLAGS_$(1)) $$^ -o $$@ -pthread
+endef
+$(foreach kind,asan tsan,$(eval $(call FUZZ_CUDA,$(kind))))
+
 build/asan/fuzz_libsvm: tests/native/fuzz_libsvm.cc $(SOURCES)
 	@mkdir -p build/asan
 	$(CXX) -std=c++17 -O1 -g -Wall $(FLAGS_asan) $< -o $@
 
-sanitize: $(foreach kind,asan tsan,build/$(kind)/fuzz build/$(kind)/fuzz_tables) build/asan/fuzz_libsvm
+sanitize: $(foreach kind,asan tsan,$(addprefix build/$(kind)/fuzz,_cuda _tables) build/$(kind)/fuzz) build/asan/fuzz_libsvm
 	build/asan/fuzz $(CASES) 1
 	build/tsan/fuzz $(TSAN_CASES) 2
+	build/asan/fuzz_cuda $(CUDA_CASES) 1
+	build/tsan/fuzz_cuda $(shell expr $(CUDA_CASES) / 20) 2
 	build/asan/fuzz_tables $(CASES) 1
 	build/tsan/fuzz_tables $(CASES) 2
 	build/asan/fuzz_libsvm $(CASES) 3
 
+FORMATTED := 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh'
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(FORMATTED))
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cc')
+	$(BIN)/clang-format -i $$(git ls-files $(FORMATTED))
 
 clean:
 	rm -rf .venv build dist *.egg-info deepfm_ops/*.so deepfm_ops/_build_info.json deepfm_ops/_csrc

@@ -81,7 +81,7 @@ def lines(report):
         "",
         "# Many machines",
         "",
-        f"{report['machine']}; `python bench/cluster.py`, its parts in runs of their own. All processes on this machine.",
+        f"{report['machine']}; `python bench/cluster.py`, part by part. All processes on this machine.",
         "",
     ]
     found += [

@@ -19,6 +19,7 @@ from deepfm_ops.files import replacing
 KERAS_EXPORT = "keras.src.export"  # what Keras's export is made of
 BACKENDS = ("auto", "native", "reference")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in deepfm_ops's source)"
+DRIVERS = {12: 525, 13: 580}  # the first driver that runs programs of a CUDA: docs.nvidia.com/deploy/cuda-compatibility
 _EXPORT = contextvars.ContextVar("export", default=None)  # "portable", "native", or None
 _PACKAGE = pathlib.Path(__file__).parent
 _SOURCES = _PACKAGE / "_csrc"  # there only if the op was left to its first use
@@ -198,14 +199,75 @@ def native_ops(backend="auto"):
     return module
 
 
+@functools.cache
+def _cuda_driver():
+    """The CUDA, such as "12.4", that this machine's driver is for; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) or not version.value:
+            return None
+    except OSError:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _runs_on(capability, architectures):
+    """Whether a GPU of (major, minor) runs what was compiled for architectures, for the last of them as PTX too."""
+    built = sorted((int(name[:-1]), int(name[-1])) for name in architectures)
+    return capability >= built[-1] or any(capability[0] == major and capability[1] >= minor for major, minor in built)
+
+
+@functools.cache
+def why_not_on_gpus():
+    """The reason not to use native kernels for GPUs in this process, or None."""
+    import tensorflow as tf
+
+    module, reason, folder = _load()
+    if module is None:
+        return reason
+    built = _build_info(folder)
+    architectures, runtime = built.get("cuda_architectures"), built.get("cuda_runtime")
+    if not architectures:
+        return f"the native library was built without CUDA; to build it with: DEEPFM_OPS_CUDA=1 {REBUILD}"
+    gpus = tf.config.list_physical_devices("GPU")
+    if runtime is not None:
+        driver, major = _cuda_driver(), int(runtime.partition(".")[0])
+        needs = (
+            f"the native library was built with CUDA {runtime}, whose kernels need a driver for CUDA {major}.0 or newer"
+        )
+        needs += f" ({DRIVERS[major]})" if major in DRIVERS else ""
+        if driver is None:
+            return f"{needs}, found none"
+        if int(driver.partition(".")[0]) < major:
+            return f"{needs}, found one for CUDA {driver}; update it, or with nvcc of its CUDA on PATH: {REBUILD}"
+        for gpu in gpus:
+            capability = tf.config.experimental.get_device_details(gpu).get("compute_capability")
+            if capability is not None and not _runs_on(capability, architectures):
+                found = f"{gpu.name} has compute capability {'.'.join(map(str, capability))}"
+                variable = f'DEEPFM_OPS_CUDA_ARCHITECTURES="{"".join(map(str, capability))}"'
+                text = f"the native library was built for the architectures {', '.join(architectures)}"
+                return f"{text}, and {found}; to rebuild it: {variable} {REBUILD}"
+    return None if gpus else "TensorFlow finds no GPU"
+
+
+@functools.cache
+def leaves_gpus_alone():
+    """Whether TensorFlow must be kept from placing a native op on a GPU, as there is one that cannot run it."""
+    import tensorflow as tf
+
+    return why_not_on_gpus() is not None and bool(tf.config.list_physical_devices("GPU"))
+
+
 def native_info() -> dict:
     """What computes the interaction in this process, and why.
 
     Returns:
         A dict: "native" (bool: the C++ op is in use), "reason" (str, or None when native), "version",
         "tensorflow_built" (str or None), "tensorflow_found", "tensorflow_supported" (tuple of series),
-        "instruction_set" ("baseline", "avx2", "avx512" or None), "cuda_architectures" (list of str),
-        "threads" (int: TensorFlow's intra-op threads).
+        "instruction_set" ("baseline", "avx2", "avx512" or None), "cuda_architectures" (list of str: the GPUs that the
+        native library has kernels for), "cuda_runtime" (str or None: the CUDA they were built with), "cuda_driver"
+        (str or None: the CUDA that the driver found is for), "cuda_reason" (str or None: why tables on GPUs are left to
+        the fallback), "threads" (int: TensorFlow's intra-op threads).
 
     """
     import tensorflow as tf
@@ -221,6 +283,9 @@ def native_info() -> dict:
         "tensorflow_supported": TENSORFLOW,
         "instruction_set": instruction_set() if module is not None else None,
         "cuda_architectures": built.get("cuda_architectures", []),
+        "cuda_runtime": built.get("cuda_runtime"),
+        "cuda_driver": _cuda_driver(),
+        "cuda_reason": why_not_on_gpus() if reason is None else reason,
         "threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
     }
 

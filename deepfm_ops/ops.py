@@ -3,6 +3,7 @@
 Importing this module loads the native library, so that a SavedModel that holds the op can be loaded.
 """
 
+import contextlib
 import itertools
 
 import tensorflow as tf
@@ -107,23 +108,24 @@ def interaction(
     else:
         op, table_input, table_dtype = native.deepfm_ops_fm_interaction, table, {}
         weights_input = [] if weights is None else [weights]
-    result, _, embeddings, linear, silent = op(
-        table=table_input,
-        indices=pairs.indices,
-        values=[] if pairs.values is None else [pairs.values],
-        row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
-        weights=weights_input,
-        counts=[] if penalty.counts is None else [penalty.counts],
-        priors=[] if penalty.counts is None else [penalty.priors],
-        l2=penalty.l2,
-        l2_linear=penalty.l2_linear,
-        Tacc=arguments.accumulation_dtype(table.dtype),
-        output=output,
-        field_splits=list(field_splits),
-        # The gradient of a summed field needs the field's sum, which the pair alone does not give.
-        return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
-        **table_dtype,
-    )
+    with _placed(table_input):
+        result, _, embeddings, linear, silent = op(
+            table=table_input,
+            indices=pairs.indices,
+            values=[] if pairs.values is None else [pairs.values],
+            row_splits=[] if pairs.row_splits is None else [pairs.row_splits],
+            weights=weights_input,
+            counts=[] if penalty.counts is None else [penalty.counts],
+            priors=[] if penalty.counts is None else [penalty.priors],
+            l2=penalty.l2,
+            l2_linear=penalty.l2_linear,
+            Tacc=arguments.accumulation_dtype(table.dtype),
+            output=output,
+            field_splits=list(field_splits),
+            # The gradient of a summed field needs the field's sum, which the pair alone does not give.
+            return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
+            **table_dtype,
+        )
     linear, silent = None if weights is None else linear, silent if penalty else None
     return result, embeddings if return_embeddings else None, linear, silent
 
@@ -154,8 +156,17 @@ def _why_not(table):
         if not isinstance(table, tf.distribute.DistributedValues) or tf.distribute.get_replica_context() is None:
             return f"a {type(table).__name__} has no resource handle"
     if "GPU" in (table.device or "").upper():
-        return f"it is on {table.device}, and the native op runs on the CPU"
+        reason = _library.why_not_on_gpus()
+        if reason is None and table.dtype == tf.float64:
+            reason = "there is no kernel for float64 on a GPU"
+        return None if reason is None else f"it is on {table.device}, and {reason}"
     return None
+
+
+def _placed(table):
+    """Inside, an op of this table runs where it can; one of a variable runs where that is."""
+    elsewhere = table.dtype != tf.resource and _library.leaves_gpus_alone()
+    return tf.device("/CPU:0") if elsewhere else contextlib.nullcontext()
 
 
 # The inputs of an op, then what its gradient has besides; each with the attribute that counts it, if it is a list.
@@ -195,18 +206,19 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
     native = _library.native_ops("native")
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
-    unique, rows, d_values, weight_rows = gradient(
-        **inputs,
-        sums=op.outputs[1],
-        embeddings=[op.outputs[2]] if keeps else [],
-        d_interaction=d_interaction,
-        d_embeddings=[d_embeddings] if returns else [],
-        d_linear=[d_linear] if weights else [],
-        d_penalty=d_penalty,
-        **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
-        need_values=_values_needed(op, len(inputs["values"])),
-        **({"T": op.get_attr("T")} if is_resource else {}),
-    )
+    with _placed(table):
+        unique, rows, d_values, weight_rows = gradient(
+            **inputs,
+            sums=op.outputs[1],
+            embeddings=[op.outputs[2]] if keeps else [],
+            d_interaction=d_interaction,
+            d_embeddings=[d_embeddings] if returns else [],
+            d_linear=[d_linear] if weights else [],
+            d_penalty=d_penalty,
+            **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
+            need_values=_values_needed(op, len(inputs["values"])),
+            **({"T": op.get_attr("T")} if is_resource else {}),
+        )
     d_table = tf.IndexedSlices(rows, unique, _table_shape(table))
     d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
     d_values = [d_values] * len(inputs["values"])

@@ -268,7 +268,8 @@ class RowWiseAdagrad(_Sparse, keras.optimizers.Optimizer):
         start = keras.initializers.Constant(self.initial_accumulator_value)
         self._accumulators = []
         for v in variables:
-            with beside(v):
+            # As Keras does for a slot of a variable's own shape: on the device that the variable is on.
+            with beside(v), tf.distribute.get_strategy().extended.colocate_vars_with(v.value):
                 slot = self.add_variable(v.shape[:1], start, v.dtype, name=f"{v.path.replace('/', '_')}_accumulator")
             self._accumulators.append(slot)
 

@@ -69,8 +69,8 @@ def run_cell(tensorflow, series, folder, tests, reference):
     folder /= f"tf{tensorflow}-py{series}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCES))
-    if (ROOT / "build" / "kernels").exists():  # the objects that are the same in every cell
-        shutil.copytree(ROOT / "build" / "kernels", folder / "source" / "build" / "kernels")
+    for objects in [*ROOT.glob("build/kernels"), *ROOT.glob("build/cuda-*")]:  # that are the same in every cell
+        shutil.copytree(objects, folder / "source" / "build" / objects.name)
     python = folder / "venv" / "bin" / "python"
     requirement = f"{os.environ.get('TENSORFLOW', 'tensorflow-cpu')}=={tensorflow}.*"
     pip = [python, "-m", "pip", "install", "--quiet"]

@@ -8,19 +8,28 @@ namespace {
 
 [[noreturn]] void Fail(const std::string& text) { throw std::invalid_argument(text); }
 
-std::string At(const char* name, int64_t i, const int64_t* data) {
-  return std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(data[i]);
+std::string At(const char* name, int64_t i, int64_t split) {
+  return std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(split);
 }
+
+[[noreturn]] void FailStart(const char* name, int64_t split) {
+  Fail(std::string(name) + " must start at 0, got " + At(name, 0, split));
+}
+[[noreturn]] void FailDecrease(const char* name, int64_t i, int64_t split, int64_t next) {
+  Fail(std::string(name) + " must not decrease, got " + At(name, i, split) + " and " + At(name, i + 1, next));
+}
+[[noreturn]] void FailEnd(const char* name, int64_t last, int64_t split, int64_t total, const char* end) {
+  Fail(std::string(name) + " must end at " + end + std::to_string(total) + ", got " + At(name, last, split));
+}
+
+constexpr char kRowSplitsEnd[] = "nnz = ";
 
 // Splits of `total` things, that must start at 0 and not decrease.
 void CheckSplits(const char* name, const int64_t* splits, int64_t last, int64_t total, const char* end) {
-  const std::string text = name;
-  if (splits[0] != 0) Fail(text + " must start at 0, got " + At(name, 0, splits));
+  if (splits[0] != 0) FailStart(name, splits[0]);
   for (int64_t i = 0; i < last; ++i)
-    if (splits[i + 1] < splits[i])
-      Fail(text + " must not decrease, got " + At(name, i, splits) + " and " + At(name, i + 1, splits));
-  if (splits[last] != total)
-    Fail(text + " must end at " + end + std::to_string(total) + ", got " + At(name, last, splits));
+    if (splits[i + 1] < splits[i]) FailDecrease(name, i, splits[i], splits[i + 1]);
+  if (splits[last] != total) FailEnd(name, last, splits[last], total, end);
 }
 
 }  // namespace
@@ -37,7 +46,7 @@ void CheckShape(const char* name, const Sizes& got, const Sizes& want) {
 
 CheckedShape::CheckedShape(TableType type, const Sizes& table, const Sizes& indices, const Sizes* values,
                            const int64_t* row_splits_data, const Sizes* row_splits_sizes,
-                           const std::vector<int64_t>* field_splits) {
+                           const std::vector<int64_t>* field_splits, bool host_reads) {
   if (table.size() != 2) Fail("table must be rank 2 [V, K], got shape " + TextOf(table));
   shape.num_rows = table[0];
   shape.dim = table[1] - (type == TableType::kInt8 ? kInt8Header : 0);
@@ -49,7 +58,7 @@ CheckedShape::CheckedShape(TableType type, const Sizes& table, const Sizes& indi
   if (row_splits_sizes) {
     if (field_splits) Fail("field_splits needs indices of rank 2, not row_splits");
     if (indices.size() != 1) Fail("indices must be rank 1 [nnz] with row_splits, got shape " + TextOf(indices));
-    ReadRowSplits(row_splits_data, *row_splits_sizes);
+    ReadRowSplits(row_splits_data, *row_splits_sizes, host_reads);
     return;
   }
   if (indices.size() != 2)
@@ -59,12 +68,14 @@ CheckedShape::CheckedShape(TableType type, const Sizes& table, const Sizes& indi
   if (field_splits) ReadFieldSplits(*field_splits);
 }
 
-void CheckedShape::ReadRowSplits(const int64_t* data, const Sizes& sizes) {
+void CheckedShape::ReadRowSplits(const int64_t* data, const Sizes& sizes, bool host_reads) {
   if (sizes.size() != 1 || sizes[0] < 1) Fail("row_splits must be rank 1 [B + 1], got shape " + TextOf(sizes));
+  ragged = true;
+  shape.num_samples = sizes[0] - 1;
+  if (!host_reads) return;
   row_splits = Scratch<int64_t>(sizes[0]);
   for (int64_t i = 0; i < sizes[0]; ++i) row_splits[i] = __atomic_load_n(data + i, __ATOMIC_RELAXED);
-  shape.num_samples = sizes[0] - 1;
-  CheckSplits("row_splits", row_splits.get(), shape.num_samples, shape.num_pairs, "nnz = ");
+  CheckSplits("row_splits", row_splits.get(), shape.num_samples, shape.num_pairs, kRowSplitsEnd);
   shape.row_splits = row_splits.get();
 }
 
@@ -76,7 +87,7 @@ void CheckedShape::ReadFieldSplits(const std::vector<int64_t>& splits) {
 }
 
 Sizes CheckedShape::Embeddings() const {
-  if (shape.row_splits) return {shape.num_pairs, shape.dim};
+  if (ragged) return {shape.num_pairs, shape.dim};
   return {shape.num_samples, shape.field_splits ? shape.num_fields : shape.pairs_per_sample, shape.dim};
 }
 
@@ -94,10 +105,20 @@ void CheckedShape::CheckGradient(Output output, const Sizes& sums, const Sizes& 
   if (!embeddings && shape.field_splits && output != Output::kSum) Fail("embeddings are needed with field_splits");
 }
 
+void FailRowSplits(int64_t b, int64_t begin, int64_t end, int64_t num_samples) {
+  if (b == 0 && begin != 0) FailStart("row_splits", begin);
+  if (b == num_samples) FailEnd("row_splits", b, begin, end, kRowSplitsEnd);
+  FailDecrease("row_splits", b, begin, end);
+}
+
 void CheckIndices(int64_t bad, const void* indices, IndexType type, const Sizes& sizes, int64_t num_rows) {
   if (bad < 0) return;
-  const int64_t index =
-      type == IndexType::kInt32 ? static_cast<const int32_t*>(indices)[bad] : static_cast<const int64_t*>(indices)[bad];
+  const bool narrow = type == IndexType::kInt32;
+  FailIndex(bad, narrow ? static_cast<const int32_t*>(indices)[bad] : static_cast<const int64_t*>(indices)[bad], sizes,
+            num_rows);
+}
+
+void FailIndex(int64_t bad, int64_t index, const Sizes& sizes, int64_t num_rows) {
   std::string where = std::to_string(bad);
   if (sizes.size() == 2) where = std::to_string(bad / sizes[1]) + "," + std::to_string(bad % sizes[1]);
   throw std::out_of_range("indices[" + where + "] = " + std::to_string(index) + " is not in [0, " +

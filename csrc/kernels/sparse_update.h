@@ -36,7 +36,7 @@ constexpr int kRareCount = 20;
 struct RuleShape {
   int slots, hyper;
 };
-inline RuleShape ShapeOf(Rule rule) {
+constexpr RuleShape ShapeOf(Rule rule) {
   constexpr RuleShape shapes[] = {{0, 2}, {1, 3}, {1, 3}, {2, 5}, {2, 6}};
   return shapes[static_cast<int>(rule)];
 }

@@ -1,8 +1,6 @@
 // The kernels on NumPy arrays, without TensorFlow. Inputs are read in place (row_splits from a copy): an array
 // in another dtype, order or alignment is an error that says so. The GIL is released while a kernel runs.
 #include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,10 +15,9 @@
 #include "../kernels/fm.h"
 #include "../kernels/top_products.h"
 #include "../tables/fingerprint.h"
+#include "calls.h"
 #include "release_gil.h"
 #include "thread_pool.h"
-
-namespace py = pybind11;
 
 namespace deepfm {
 
@@ -58,13 +55,9 @@ std::string NativeDtype(const py::array& array) {
 }
 
 // Checks what every array must be, and returns its dtype's name.
-std::string Check(const char* name, const py::array& array, std::initializer_list<const char*> dtypes) {
+std::string Check(const char* name, const py::array& array, const Dtypes& dtypes) {
   const std::string dtype = NativeDtype(array);
-  if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) {
-    std::string all;
-    for (const char* allowed : dtypes) all += (all.empty() ? "" : ", ") + std::string(allowed);
-    throw py::type_error(std::string(name) + " must be " + all + " in native byte order, got " + DtypeOf(array));
-  }
+  CheckDtype(name, dtype, DtypeOf(array), dtypes);
   const int flags = array.flags();
   if (!(flags & py::array::c_style))
     Fail(std::string(name) + " must be C-contiguous, got strides " + std::string(py::str(array.attr("strides"))));
@@ -82,173 +75,121 @@ py::array MakeArray(const py::dtype& dtype, const Sizes& shape) {
   return py::array(dtype, shape, data, py::capsule(data, GiveBackScratch));
 }
 
-TableType TableTypeOf(const std::string& dtype) {
-  if (dtype == "uint8") return TableType::kInt8;
-  if (dtype == "float64") return TableType::kFloat64;
-  if (dtype == "bfloat16" || dtype == "uint16") return TableType::kBFloat16;
-  if (dtype == "float16") return TableType::kFloat16;
-  return TableType::kFloat32;
-}
-
-Output OutputOf(const std::string& output) {
-  if (output == "sum") return Output::kSum;
-  if (output == "scalar") return Output::kScalar;
-  if (output == "vector") return Output::kVector;
-  Fail("output must be one of sum, scalar, vector, got '" + output + "'");
-}
-
-std::string CheckTable(const py::array& table, bool forward) {
-  if (forward) return Check("table", table, {"float32", "float64", "bfloat16", "float16", "uint8", "uint16"});
-  return Check("table", table, {"float32", "float64", "bfloat16", "float16"});
-}
-
 int CheckThreads(std::optional<int> threads) {
   if (threads && *threads < 1) Fail("threads must be at least 1, got " + std::to_string(*threads));
   return threads.value_or(ThreadPool::cores());
 }
 
-// The arguments that forward and gradient share, checked.
-struct Inputs {
-  const py::array &table, &indices;
-  const TableType table_type;
-  const IndexType index_type;
-  const Output output;
-  const char* const acc;  // the dtype of sums
-  const void* values = nullptr;
-  const CheckedShape checked;
-  const FmShape& shape;
-  const int threads;
+// NumPy's arrays.
+class Host : public Place {
+ public:
+  explicit Host(std::optional<int> threads) : threads_(CheckThreads(threads)) {}
 
-  Inputs(const py::array& table, const py::array& indices, const std::optional<py::array>& values_array,
-         const std::optional<py::array>& row_splits, const std::optional<std::vector<int64_t>>& field_splits,
-         const std::string& output_name, std::optional<int> num_threads, bool forward = false)
-      : table(table),
-        indices(indices),
-        table_type(TableTypeOf(CheckTable(table, forward))),
-        index_type(Check("indices", indices, {"int32", "int64"}) == "int32" ? IndexType::kInt32 : IndexType::kInt64),
-        output(OutputOf(output_name)),
-        acc(table_type == TableType::kFloat64 ? "float64" : "float32"),
-        checked(CheckArrays(values_array, row_splits, field_splits)),
-        shape(checked.shape),
-        threads(CheckThreads(num_threads)) {}
+  Dtypes TableDtypes() const override { return {"float32", "float64", "bfloat16", "float16", "uint8", "uint16"}; }
+  bool OnHost() const override { return true; }
 
-  Parallel Pool() const { return ThreadPool::Get().Lend(threads); }
-  py::dtype AccDtype() const {
-    return table_type == TableType::kFloat64 ? py::dtype::of<double>() : py::dtype::of<float>();
+  Array Read(const char* name, py::handle given, const Dtypes& dtypes, bool written) override {
+    const py::array array = py::array::ensure(given);
+    if (!array) {
+      PyErr_Clear();
+      throw py::type_error(std::string(name) + " must be an array, got " +
+                           std::string(py::str(py::type::handle_of(given).attr("__name__"))));
+    }
+    const std::string dtype = Check(name, array, dtypes);
+    // Of something that is no array yet a copy would be written to.
+    if (written && !(array.writeable() && array.is(given))) Fail(std::string(name) + " must be an array to write to");
+    return {array, const_cast<void*>(array.data()), SizesOf(array), dtype};
   }
-  void CheckIndices(int64_t bad) const {
-    deepfm::CheckIndices(bad, indices.data(), index_type, SizesOf(indices), shape.num_rows);
+
+  Array ReadNumbers(const char* name, py::handle numbers, const char* dtype) override {
+    const bool wide = std::string(dtype) == "float64";
+    const py::array array =
+        wide ? py::array(py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(numbers))
+             : py::array(py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(numbers));
+    if (!array) throw py::error_already_set();
+    return Read(name, array, {dtype}, false);
   }
+
+  const int64_t* Splits(const std::vector<int64_t>& splits) override { return splits.data(); }
+
+  Array Make(const Array& like, const char* dtype, const Sizes& sizes) override {
+    const std::string name = dtype;
+    const py::dtype made = name.empty()        ? py::reinterpret_borrow<py::array>(like.owner).dtype()
+                           : name == "float32" ? py::dtype::of<float>()
+                           : name == "float64" ? py::dtype::of<double>()
+                                               : py::dtype::of<int64_t>();
+    py::array array = MakeArray(made, sizes);
+    void* data = array.mutable_data();
+    return {std::move(array), data, sizes, name.empty() ? like.dtype : name};
+  }
+
+  void Forward(const ForwardArgs& args, const PairInputs& in) override {
+    int64_t bad;
+    {
+      const ReleaseGil release;
+      bad = FmForward(args, Pool());
+    }
+    CheckIndices(bad, in);
+  }
+
+  void Group(const PairInputs& in) override {
+    int64_t bad;
+    {
+      const ReleaseGil release;
+      bad = groups_.Build(in.indices.data, in.index_type, in.num_pairs, in.table.sizes[0], Pool());
+    }
+    CheckIndices(bad, in);
+  }
+
+  Array UniqueRows() override {
+    Array unique = Make({}, "int64", {groups_.size()});
+    const ReleaseGil release;
+    std::copy_n(groups_.rows(), groups_.size(), static_cast<int64_t*>(unique.data));
+    return unique;
+  }
+
+  void Gradient(GradientArgs args) override {
+    args.groups = &groups_;
+    const ReleaseGil release;
+    FmGradient(args, Pool());
+  }
+
+  void Update(UpdateArgs args) override {
+    args.groups = &groups_;
+    const ReleaseGil release;
+    SparseUpdate(args, Pool());
+  }
+
+  void GradientAndUpdate(GradientArgs gradient, UpdateArgs table, const UpdateArgs* weights) override {
+    gradient.groups = table.groups = &groups_;
+    std::optional<UpdateArgs> of_weights;
+    if (weights) {
+      of_weights = *weights;
+      of_weights->groups = &groups_;
+    }
+    const ReleaseGil release;
+    FmUpdate(gradient, table, weights ? &*of_weights : nullptr, Pool());
+  }
+
+  void Finish(const PairInputs&) override {}
 
  private:
-  CheckedShape CheckArrays(const std::optional<py::array>& values_array, const std::optional<py::array>& row_splits,
-                           const std::optional<std::vector<int64_t>>& field_splits) {
-    Sizes values_sizes;
-    if (values_array) {
-      Check("values", *values_array, {acc});
-      values_sizes = SizesOf(*values_array);
-      values = values_array->data();
-    }
-    if (row_splits) Check("row_splits", *row_splits, {"int64"});
-    const Sizes splits_sizes = row_splits ? SizesOf(*row_splits) : Sizes{};
-    return CheckedShape(table_type, SizesOf(table), SizesOf(indices), values_array ? &values_sizes : nullptr,
-                        row_splits ? static_cast<const int64_t*>(row_splits->data()) : nullptr,
-                        row_splits ? &splits_sizes : nullptr, field_splits ? &*field_splits : nullptr);
+  Parallel Pool() const { return ThreadPool::Get().Lend(threads_); }
+  static void CheckIndices(int64_t bad, const PairInputs& in) {
+    deepfm::CheckIndices(bad, in.indices.data, in.index_type, in.indices.sizes, in.table.sizes[0]);
   }
+
+  const int threads_;
+  RowGroups groups_;
 };
 
-py::tuple Forward(const py::array& table, const py::array& indices, const std::optional<py::array>& values,
-                  const std::optional<py::array>& weights, const std::optional<py::array>& row_splits,
-                  const std::optional<std::vector<int64_t>>& field_splits, const std::string& output,
-                  bool return_embeddings, std::optional<int> threads) {
-  Inputs in(table, indices, values, row_splits, field_splits, output, threads, true);
-  const py::dtype acc = in.AccDtype();
-  py::array interaction(acc, in.checked.Interaction(in.output)), sums(acc, Sizes{in.shape.num_samples, in.shape.dim});
-  py::array embeddings = MakeArray(acc, return_embeddings ? in.checked.Embeddings() : Sizes{0});
-  ForwardArgs args;
-  args.shape = in.shape;
-  args.table_type = in.table_type;
-  args.index_type = in.index_type;
-  args.output = in.output;
-  args.table = table.data();
-  args.indices = indices.data();
-  args.values = in.values;
-  args.interaction = interaction.mutable_data();
-  args.sums = sums.mutable_data();
-  args.embeddings = return_embeddings ? embeddings.mutable_data() : nullptr;
-  py::object linear = py::none();
-  const bool in_rows = in.table_type == TableType::kInt8;
-  if (weights || in_rows) {
-    if (weights && in_rows) Fail("a table of uint8 holds the weights in its rows");
-    const Sizes weights_sizes = weights ? SizesOf(*weights) : Sizes{};
-    in.checked.CheckWeights(weights ? &weights_sizes : nullptr);
-    if (weights) {
-      if (NativeDtype(*weights) != NativeDtype(table))
-        throw py::type_error("weights must have the dtype of table, " + DtypeOf(table) + ", got " + DtypeOf(*weights));
-      Check("weights", *weights, {"float32", "float64", "bfloat16", "float16", "uint16"});
-      args.weights = weights->data();
-    }
-    py::array found(acc, Sizes{in.shape.num_samples, 1});
-    args.linear = found.mutable_data();
-    linear = found;
-  }
-  int64_t bad;
-  {
-    const ReleaseGil release;
-    bad = FmForward(args, in.Pool());
-  }
-  in.CheckIndices(bad);
-  py::object maybe = py::none();
-  if (return_embeddings) maybe = embeddings;
-  return py::make_tuple(interaction, sums, maybe, linear);
-}
-
-py::tuple Gradient(const py::array& table, const py::array& indices, const std::optional<py::array>& values,
-                   const py::array& sums, const py::array& d_interaction, const std::optional<py::array>& embeddings,
-                   const std::optional<py::array>& d_embeddings, const std::optional<py::array>& row_splits,
-                   const std::optional<std::vector<int64_t>>& field_splits, const std::string& output, bool need_values,
-                   std::optional<int> threads) {
-  Inputs in(table, indices, values, row_splits, field_splits, output, threads);
-  Check("sums", sums, {in.acc});
-  Check("d_interaction", d_interaction, {in.acc});
-  if (embeddings) Check("embeddings", *embeddings, {in.acc});
-  if (d_embeddings) Check("d_embeddings", *d_embeddings, {in.acc});
-  const Sizes embeddings_sizes = embeddings ? SizesOf(*embeddings) : Sizes{},
-              d_embeddings_sizes = d_embeddings ? SizesOf(*d_embeddings) : Sizes{};
-  in.checked.CheckGradient(in.output, SizesOf(sums), SizesOf(d_interaction), embeddings ? &embeddings_sizes : nullptr,
-                           d_embeddings ? &d_embeddings_sizes : nullptr);
-  GradientArgs args;
-  args.shape = in.shape;
-  args.table_type = in.table_type;
-  args.output = in.output;
-  args.table = table.data();
-  args.values = in.values;
-  args.sums = sums.data();
-  args.d_interaction = d_interaction.data();
-  args.embeddings = embeddings ? embeddings->data() : nullptr;
-  args.d_embeddings = d_embeddings ? d_embeddings->data() : nullptr;
-  RowGroups groups;
-  int64_t bad;
-  {
-    const ReleaseGil release;
-    bad = groups.Build(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, in.Pool());
-  }
-  in.CheckIndices(bad);
-  py::array unique = MakeArray(py::dtype::of<int64_t>(), {groups.size()});
-  py::array rows = MakeArray(table.dtype(), {groups.size(), in.shape.dim});
-  py::array d_values = MakeArray(in.AccDtype(), need_values ? SizesOf(indices) : Sizes{0});
-  args.groups = &groups;
-  args.rows = rows.mutable_data();
-  args.d_values = need_values ? d_values.mutable_data() : nullptr;
-  int64_t* unique_data = static_cast<int64_t*>(unique.mutable_data());
-  {
-    const ReleaseGil release;
-    std::copy_n(groups.rows(), groups.size(), unique_data);
-    FmGradient(args, in.Pool());
-  }
-  py::object maybe = py::none();
-  if (need_values) maybe = d_values;
-  return py::make_tuple(unique, rows, maybe);
+// A call on NumPy arrays, which says at its end how many threads may do it.
+template <typename Result, typename... Args>
+auto OnHost(Result (*call)(Place&, Args...)) {
+  return [call](Args... args, std::optional<int> threads) {
+    Host host(threads);
+    return call(host, args...);
+  };
 }
 
 py::array Head(const std::vector<py::array>& parts, float bias, bool sigmoid) {
@@ -337,11 +278,14 @@ py::array HashBuckets(const std::vector<py::object>& texts, int64_t buckets) {
 }
 
 double ReadRows(const py::array& table, const py::array& indices, int64_t distance, std::optional<int> threads) {
-  const Inputs in(table, indices, std::nullopt, std::nullopt, std::nullopt, "scalar", threads);
+  Host host(threads);
+  const CallInputs in(host, {"float32", "float64", "bfloat16", "float16"}, table, indices, py::none(), py::none(),
+                      std::nullopt, "scalar");
   if (in.index_type != IndexType::kInt64) throw py::type_error("indices must be int64 here");
   if (distance < 0) Fail("distance must not be negative, got " + std::to_string(distance));
-  const Parallel pool = in.Pool();
-  in.CheckIndices(FirstOutOfRange(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, pool));
+  const Parallel pool = ThreadPool::Get().Lend(CheckThreads(threads));
+  CheckIndices(FirstOutOfRange(indices.data(), in.index_type, in.shape.num_pairs, in.shape.num_rows, pool),
+               indices.data(), in.index_type, in.indices.sizes, in.shape.num_rows);
   const int64_t row_bytes = in.shape.dim * table.itemsize(), n = in.shape.num_pairs;
   if (row_bytes == 0) return 0;
   const char* rows = static_cast<const char*>(table.data());
@@ -362,11 +306,9 @@ double ReadRows(const py::array& table, const py::array& indices, int64_t distan
 PYBIND11_MODULE(_kernels, m) {
   using namespace pybind11::literals;
   m.doc() = "The factorization-machine kernels on NumPy arrays, without TensorFlow; the contract is csrc/kernels/fm.h.";
-  const auto none = py::none();
-  m.def("fm_forward", &deepfm::Forward, "table"_a, "indices"_a, "values"_a = none, py::kw_only(), "weights"_a = none,
-        "row_splits"_a = none, "field_splits"_a = none, "output"_a = "scalar", "return_embeddings"_a = false,
-        "threads"_a = none,
-        R"(The forward: (interaction, sums, embeddings or None, linear or None).
+  const auto none = pybind11::none();
+  const char* const docs[4] = {
+      R"(The forward: (interaction, sums, embeddings or None, linear or None).
 
 Args:
     table: [V, K] float32, float64, float16, bfloat16 of ml_dtypes or its bits as uint16; or uint8 [V, K + 6]:
@@ -388,11 +330,8 @@ Raises:
     TypeError: a dtype that is not one of these, or in the other byte order.
     ValueError: a shape that does not fit; an array that is not C-contiguous or not aligned.
     IndexError: an index outside [0, V).
-    MemoryError: a result that cannot be allocated.)");
-  m.def("fm_gradient", &deepfm::Gradient, "table"_a, "indices"_a, "values"_a, "sums"_a, "d_interaction"_a,
-        py::kw_only(), "embeddings"_a = none, "d_embeddings"_a = none, "row_splits"_a = none, "field_splits"_a = none,
-        "output"_a = "scalar", "need_values"_a = false, "threads"_a = none,
-        R"(The gradient: (unique, rows, d_values or None).
+    MemoryError: a result that cannot be allocated.)",
+      R"(The gradient: (unique, rows, d_values or None), and with weights their rows' as a fourth.
 
 Args:
     table, indices, values, row_splits, field_splits, output, threads: as for fm_forward.
@@ -400,17 +339,40 @@ Args:
     d_interaction: the gradient of the interaction.
     embeddings: from fm_forward; needed with field_splits.
     d_embeddings: the gradient of the embeddings, or None.
+    weights, d_linear: [V, 1] of the table's dtype and the gradient of the linear part [B, 1], together or None.
     need_values: also return the gradient of the values.
+    l2, l2_linear: strengths of a penalty on the rows of the batch, once per row.
+    counts: int32 [V], how often the features occur, of a prior.
+    prior, prior_linear, prior_softness: its strengths per sample, and its softness; see csrc/kernels/fm.h.
 
 Returns:
-    unique int64 [U], ascending; rows [U, K] of the table's dtype; d_values.
+    unique int64 [U], ascending; rows [U, K] of the table's dtype; d_values; weight rows [U, 1].
 
-Raises: what fm_forward raises.)");
+Raises: what fm_forward raises.)",
+      R"(An optimizer's update of the rows that `indices` names, in place; duplicates are added up first.
+
+Args:
+    table: [V, K] float32, float64, float16 or bfloat16, which is written to.
+    indices: int32 or int64 [n].
+    gradient: [n, K] of the table's dtype.
+    update: the deepfm_ops.kernels.Update: the rule, its numbers, its slots, which are written to.
+    threads: at most so many; None: all of the machine's.
+
+Raises: what fm_forward raises, before anything is written.)",
+      R"(fm_gradient and the updates by it in one, in place, to the same bits.
+
+Args:
+    table, indices, values, sums, d_interaction, and the keywords: as for fm_gradient.
+    update: the deepfm_ops.kernels.Update of the table.
+    weights_update: that of the weights, with weights; of the same rule.
+
+Raises: what fm_forward raises, before anything is written.)"};
+  deepfm::DefineCalls(m, [](auto call) { return deepfm::OnHost(call); }, docs);
   m.def("head", &deepfm::Head, "parts"_a, "bias"_a, "sigmoid"_a,
         R"(float32 [B]: the sum of the bias and float32 arrays [B, 1], through a sigmoid if so asked.
 
 Raises: TypeError, ValueError: arrays that are not that.)");
-  m.def("top_products", &deepfm::Top, "rows"_a, "queries"_a, "k"_a, "chosen"_a = none, py::kw_only(),
+  m.def("top_products", &deepfm::Top, "rows"_a, "queries"_a, "k"_a, "chosen"_a = none, pybind11::kw_only(),
         "threads"_a = none,
         R"(The rows with the largest inner products: (places, products, first_nan). One pass over the rows.
 

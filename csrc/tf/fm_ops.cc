@@ -4,10 +4,10 @@
 #include <vector>
 
 #include "../kernels/cpu_kernels.h"
+#include "fm_common.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "update_common.h"
 
 namespace deepfm {
 namespace {
@@ -129,184 +129,53 @@ Status GradientShape(InferenceContext* c) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What forward and gradient share
-
-// Attributes and checked inputs of the forward and of its gradient.
-class FmKernel : public Kernel {
- public:
-  explicit FmKernel(OpKernelConstruction* ctx) : Kernel(ctx) {
-    std::string output;
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("Tacc", &acc_dtype_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("output", &output));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits_));
-    output_ = output == "sum" ? Output::kSum : output == "scalar" ? Output::kScalar : Output::kVector;
-    OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
-  }
-
- protected:
-  // What every call brings.
-  struct Inputs {
-    // Whoever updates the tables names what goes with them, too.
-    Inputs(FmKernel* kernel, OpKernelContext* ctx, const std::vector<Tables::Input>& updated = {},
-           bool exclusive = false)
-        : tables(ctx, kernel->dtype_, kernel->TableInputs(updated), exclusive),
-          num_tables(tables.size() - updated.size()),
-          indices(ctx->input(1)),
-          values(Optional(ctx, "values")),
-          checked(kernel->Check(tables[0], indices, values, Optional(ctx, "row_splits"))),
-          shape(checked.shape) {
-      if (num_tables > 1) {
-        const Sizes weights_sizes = SizesOf(tables[1]);
-        checked.CheckWeights(&weights_sizes);
-        weights = Data(tables[1]);
-      }
-      // The reader of a table that is never updated gains by them as much as others.
-      for (size_t i = 0; i < num_tables; ++i)
-        if (tables.variable(i)) PreferHugePagesOnce(Data(tables[i]), tables[i].tensor_data().size());
-    }
-
-    const Tables tables;
-    const size_t num_tables;  // 1, or 2 with first-order weights
-    const Tensor& indices;
-    const Tensor* const values;
-    const CheckedShape checked;
-    const FmShape& shape;
-    const void* weights = nullptr;
-  };
-
-  DataType dtype_, acc_dtype_;
-  Output output_;
-
- private:
-  std::vector<Tables::Input> TableInputs(const std::vector<Tables::Input>& more) const {
-    int first = 0, last = 0;
-    OrFail(InputRange("weights", &first, &last));
-    Require(last - first <= 1, "weights must be one tensor, got ", last - first);
-    std::vector<Tables::Input> inputs = {{0, "table"}};
-    if (first < last) inputs.push_back({first, "weights"});
-    inputs.insert(inputs.end(), more.begin(), more.end());
-    return inputs;
-  }
-
-  CheckedShape Check(const Tensor& table, const Tensor& indices, const Tensor* values, const Tensor* splits) const {
-    Sizes values_sizes, splits_sizes = splits ? SizesOf(*splits) : Sizes{};
-    if (values) {
-      Require(values->dtype() == acc_dtype_, "values must be ", tensorflow::DataTypeString(acc_dtype_),
-              " for this table, got ", tensorflow::DataTypeString(values->dtype()));
-      values_sizes = SizesOf(*values);
-    }
-    return CheckedShape(TableTypeOf(dtype_), SizesOf(table), SizesOf(indices), values ? &values_sizes : nullptr,
-                        splits ? splits->flat<int64_t>().data() : nullptr, splits ? &splits_sizes : nullptr,
-                        field_splits_.empty() ? nullptr : &field_splits_);
-  }
-
-  std::vector<int64_t> field_splits_;
-};
-
-// ---------------------------------------------------------------------------------------------
 // Kernels
 
-class FmInteractionOp : public FmKernel {
+class FmInteractionOp : public Kernel {
  public:
-  explicit FmInteractionOp(OpKernelConstruction* ctx) : FmKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("return_embeddings", &return_embeddings_));
-  }
+  explicit FmInteractionOp(OpKernelConstruction* ctx) : Kernel(ctx), call_(ctx) {}
 
   void Run(OpKernelContext* ctx) override {
-    const Inputs in(this, ctx);
-    ForwardArgs args;
-    args.shape = in.shape;
-    args.table_type = TableTypeOf(dtype_);
-    args.index_type = IndexTypeOf(in.indices);
-    args.output = output_;
-    args.table = Data(in.tables[0]);
-    args.indices = Data(in.indices);
-    args.values = DataOrNull(in.values);
-    args.weights = in.weights;
-    args.interaction = Allocate(ctx, 0, in.checked.Interaction(output_));
-    args.sums = Allocate(ctx, 1, {in.shape.num_samples, in.shape.dim});
-    void* embeddings = Allocate(ctx, 2, return_embeddings_ ? in.checked.Embeddings() : Sizes{0});
-    args.embeddings = return_embeddings_ ? embeddings : nullptr;
-    void* linear = Allocate(ctx, 3, in.weights ? Sizes{in.shape.num_samples, 1} : Sizes{0});
-    args.linear = in.weights ? linear : nullptr;
-    std::memset(Allocate(ctx, 4, {}), 0, tensorflow::DataTypeSize(acc_dtype_));  // the penalty
+    const FmInputs in(call_, ctx);
+    ForwardArgs args = call_.Read(in);
+    call_.Outputs(in, &args, [ctx](int output, const Sizes& sizes) { return Allocate(ctx, output, sizes); });
+    std::memset(Allocate(ctx, 4, {}), 0, tensorflow::DataTypeSize(call_.acc_dtype));  // the penalty
     CheckIndices(FmForward(args, PoolOf(ctx)), args.indices, args.index_type, SizesOf(in.indices), in.shape.num_rows);
   }
 
  private:
-  bool return_embeddings_;
+  const FmForwardCall call_;
 };
 
-// The gradient's inputs besides those of the forward.
-class FmGradientKernel : public FmKernel {
- public:
-  explicit FmGradientKernel(OpKernelConstruction* ctx) : FmKernel(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("l2", &l2_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("l2_linear", &l2_linear_));
+// What the two kernels below have to do on a CPU with what was read: the groups, and the numbers.
+GradientArgs OnHost(const FmInputs& in, const GradientInputs& read, const Parallel& pool, RowGroups* groups) {
+  Group(in.indices, in.shape.num_rows, pool, groups);
+  GradientArgs args = read.args;
+  args.groups = groups;
+  const double scale = read.d_penalty->dtype() == tensorflow::DT_DOUBLE ? read.d_penalty->scalar<double>()()
+                                                                        : read.d_penalty->scalar<float>()();
+  args.l2 *= scale;
+  args.l2_linear *= scale;
+  if (read.priors) {
+    const auto priors = read.priors->flat<float>();
+    args.prior = priors(0) * scale / in.shape.num_samples;
+    args.prior_linear = priors(1) * scale / in.shape.num_samples;
+    args.prior_softness = priors(2);
   }
+  return args;
+}
 
- protected:
-  // All but the outputs; groups the indices.
-  GradientArgs Read(OpKernelContext* ctx, const Inputs& in, const Parallel& pool, RowGroups* groups) const {
-    const FmShape& shape = in.shape;
-    const Tensor *sums, *d_interaction, *d_penalty;
-    OrFail(ctx->input("sums", &sums));
-    OrFail(ctx->input("d_interaction", &d_interaction));
-    OrFail(ctx->input("d_penalty", &d_penalty));
-    const Tensor *embeddings = Optional(ctx, "embeddings"), *d_embeddings = Optional(ctx, "d_embeddings"),
-                 *d_linear = Optional(ctx, "d_linear"), *counts = Optional(ctx, "counts"),
-                 *priors = Optional(ctx, "priors");
-    const Sizes embeddings_sizes = embeddings ? SizesOf(*embeddings) : Sizes{},
-                d_embeddings_sizes = d_embeddings ? SizesOf(*d_embeddings) : Sizes{};
-    in.checked.CheckGradient(output_, SizesOf(*sums), SizesOf(*d_interaction), embeddings ? &embeddings_sizes : nullptr,
-                             d_embeddings ? &d_embeddings_sizes : nullptr);
-    CheckShape("d_penalty", SizesOf(*d_penalty), {});
-    if (d_linear) CheckShape("d_linear", SizesOf(*d_linear), {shape.num_samples, 1});
-    if (counts) CheckShape("counts", SizesOf(*counts), {shape.num_rows});
-    if (counts) CheckShape("priors", SizesOf(*priors), {3});
-    Group(in.indices, shape.num_rows, pool, groups);
-    GradientArgs args;
-    args.shape = shape;
-    args.table_type = TableTypeOf(dtype_);
-    args.output = output_;
-    args.table = Data(in.tables[0]);
-    args.values = DataOrNull(in.values);
-    args.sums = Data(*sums);
-    args.embeddings = DataOrNull(embeddings);
-    args.d_interaction = Data(*d_interaction);
-    args.d_embeddings = DataOrNull(d_embeddings);
-    args.weights = in.weights;
-    args.d_linear = DataOrNull(d_linear);
-    const double scale =
-        acc_dtype_ == tensorflow::DT_DOUBLE ? d_penalty->scalar<double>()() : d_penalty->scalar<float>()();
-    args.l2 = l2_ * scale;
-    args.l2_linear = l2_linear_ * scale;
-    if (counts) {
-      args.counts = counts->flat<int32_t>().data();
-      args.prior = priors->flat<float>()(0) * scale / shape.num_samples;
-      args.prior_linear = priors->flat<float>()(1) * scale / shape.num_samples;
-      args.prior_softness = priors->flat<float>()(2);
-    }
-    args.groups = groups;
-    return args;
-  }
-
- private:
-  float l2_, l2_linear_;
-};
-
-class FmInteractionGradOp : public FmGradientKernel {
+class FmInteractionGradOp : public Kernel {
  public:
-  explicit FmInteractionGradOp(OpKernelConstruction* ctx) : FmGradientKernel(ctx) {
+  explicit FmInteractionGradOp(OpKernelConstruction* ctx) : Kernel(ctx), call_(ctx) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("need_values", &need_values_));
   }
 
   void Run(OpKernelContext* ctx) override {
-    const Inputs in(this, ctx);
+    const FmInputs in(call_, ctx);
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    GradientArgs args = Read(ctx, in, pool, &groups);
+    GradientArgs args = OnHost(in, call_.Read(ctx, in), pool, &groups);
     auto* unique = static_cast<int64_t*>(Allocate(ctx, 0, {groups.size()}));
     pool.For(groups.size(), 1 << 15, [&](int64_t begin, int64_t end) {
       std::copy(groups.rows() + begin, groups.rows() + end, unique + begin);
@@ -319,43 +188,28 @@ class FmInteractionGradOp : public FmGradientKernel {
   }
 
  private:
+  const FmGradientCall call_;
   bool need_values_;
 };
 
 // The gradient and the update of the table and the weights by it, in one pass over their rows.
-class FmUpdateOp : public FmGradientKernel {
+class FmUpdateOp : public Kernel {
  public:
-  explicit FmUpdateOp(OpKernelConstruction* ctx) : FmGradientKernel(ctx), rule_(ctx) {}
+  explicit FmUpdateOp(OpKernelConstruction* ctx) : Kernel(ctx), call_(ctx) {}
 
   void Run(OpKernelContext* ctx) override {
-    int first = 0, last = 0;
-    OrFail(InputRange("variables", &first, &last));
-    std::vector<Tables::Input> updated;
-    const int each = rule_.num_variables();
-    Require(each > 0 || first == last, "variables must be none, got ", last - first);
-    for (int i = first; i < last; ++i) updated.push_back({i, rule_.NameOf((i - first) % each)});
-    const Inputs in(this, ctx, updated, true);
-    Require(updated.size() == in.num_tables * rule_.num_variables(), "variables must be ",
-            in.num_tables * rule_.num_variables(), ", got ", updated.size());
-    OpInputList hyper;
-    OrFail(ctx->input_list("hyper", &hyper));
-    Require(hyper.size() == static_cast<int>(in.num_tables), "hyper must be ", in.num_tables, ", got ", hyper.size());
-    const Tensor* counts = Optional(ctx, "counts_of_rare");
+    const FmInputs in(call_, ctx, call_.Updated(ctx), true);
+    UpdateArgs updates[2];
+    call_.Read(ctx, in, updates);
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    GradientArgs gradient = Read(ctx, in, pool, &groups);
-    UpdateArgs updates[2];
-    for (size_t i = 0; i < in.num_tables; ++i) updates[i] = rule_.Read(in.tables, i, FirstOf(in, i), hyper[i], counts);
-    for (size_t i = 0; i < in.num_tables; ++i) rule_.Own(ctx, in.tables, i, FirstOf(in, i), &updates[i]);
-    gradient.table = updates[0].table;  // owning it may have moved it
-    if (in.weights) gradient.weights = updates[1].table;
+    GradientArgs gradient = OnHost(in, call_.FmGradientCall::Read(ctx, in), pool, &groups);
+    call_.Own(in, updates, &gradient, [ctx](tensorflow::Var* var) { OwnBuffer(ctx, var); });
     FmUpdate(gradient, updates[0], in.weights ? &updates[1] : nullptr, pool);
   }
 
  private:
-  size_t FirstOf(const Inputs& in, size_t table) const { return in.num_tables + table * rule_.num_variables(); }
-
-  const UpdateRule rule_;
+  const FmUpdateCall call_;
 };
 
 // The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.

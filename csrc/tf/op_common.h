@@ -34,7 +34,7 @@ using tensorflow::TensorShape;
 using tensorflow::errors::FailedPrecondition;
 using tensorflow::errors::InvalidArgument;
 
-// What stops a Compute that is not good; see Kernel. The kernels' own checks throw standard exceptions.
+// What stops a Compute that is not good; see StatusOf. The kernels' own checks throw standard exceptions.
 struct Failure {
   Status status;
 };
@@ -46,27 +46,38 @@ void Require(bool good, const Parts&... parts) {
   if (!good) throw Failure{InvalidArgument(parts...)};
 }
 
-// An op that may fail at any depth, or find no memory.
+// What an op that may fail at any depth, or find no memory, ends with.
+template <typename Run>
+Status StatusOf(OpKernelContext* ctx, Run run) {
+  try {
+    run();
+    return absl::OkStatus();
+  } catch (const Failure& failure) {
+    return failure.status;
+  } catch (const std::logic_error& error) {  // invalid_argument and out_of_range
+    return InvalidArgument(error.what());
+  } catch (const std::runtime_error& error) {  // CUDA's
+    return absl::InternalError(error.what());
+  } catch (const std::bad_alloc&) {
+    return tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->num_inputs(), " inputs");
+  }
+}
+
 class Kernel : public OpKernel {
  public:
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* ctx) final {
-    try {
-      Run(ctx);
-    } catch (const Failure& failure) {
-      ctx->SetStatus(failure.status);
-    } catch (const std::logic_error& error) {  // invalid_argument and out_of_range
-      ctx->SetStatus(InvalidArgument(error.what()));
-    } catch (const std::bad_alloc&) {
-      ctx->SetStatus(
-          tensorflow::errors::ResourceExhausted("no memory for the results of ", ctx->num_inputs(), " inputs"));
-    }
+    const Status status = StatusOf(ctx, [&] { Run(ctx); });
+    if (!status.ok()) ctx->SetStatus(status);
   }
 
  protected:
   virtual void Run(OpKernelContext* ctx) = 0;
 };
+
+// Whether tensors are on a device, where the host must not read them.
+inline bool IsOnDevice(OpKernelConstruction* ctx) { return ctx->device_type().type_string() != tensorflow::DEVICE_CPU; }
 
 inline Sizes SizesOf(const Tensor& t) {
   const auto sizes = t.shape().dim_sizes();

@@ -12,18 +12,27 @@
 namespace deepfm {
 
 // Makes a variable's buffer its own, so that rows can be written in place: from now on whoever reads
-// the whole variable gets a copy. What TensorFlow's own sparse updates do.
-inline void OwnBuffer(OpKernelContext* ctx, tensorflow::Var* var) {
+// the whole variable gets a copy. What TensorFlow's own sparse updates do. copy(from, to) copies a tensor.
+template <typename Copy>
+void OwnBuffer(OpKernelContext* ctx, tensorflow::Var* var, tensorflow::AllocatorAttributes where, Copy copy) {
   if (var->copy_on_read_mode.load()) return;
   if (!var->tensor()->RefCountIsOne()) {
-    Tensor copy;
-    tensorflow::AllocatorAttributes on_host;
-    on_host.set_on_host(true);
-    OrFail(ctx->allocate_temp(var->tensor()->dtype(), var->tensor()->shape(), &copy, on_host));
-    std::copy_n(var->tensor()->tensor_data().data(), copy.tensor_data().size(), static_cast<char*>(MutableData(&copy)));
-    *var->tensor() = copy;
+    Tensor own;
+    OrFail(ctx->allocate_temp(var->tensor()->dtype(), var->tensor()->shape(), &own, where));
+    copy(*var->tensor(), &own);
+    *var->tensor() = own;
   }
   var->copy_on_read_mode.store(true);
+}
+
+// On the host.
+inline void OwnBuffer(OpKernelContext* ctx, tensorflow::Var* var) {
+  if (var->copy_on_read_mode.load()) return;
+  tensorflow::AllocatorAttributes on_host;
+  on_host.set_on_host(true);
+  OwnBuffer(ctx, var, on_host, [](const Tensor& from, Tensor* to) {
+    std::copy_n(from.tensor_data().data(), from.tensor_data().size(), static_cast<char*>(MutableData(to)));
+  });
   PreferHugePages(MutableData(var->tensor()), var->tensor()->tensor_data().size());
 }
 
@@ -75,10 +84,12 @@ struct UpdateRule {
     return args;
   }
 
-  // To be called when nothing can fail any more: from now on the variables are written to.
-  void Own(OpKernelContext* ctx, const Tables& tables, size_t table, size_t first, UpdateArgs* args) const {
+  // To be called when nothing can fail any more: from now on the variables are written to. own_buffer(variable) is one
+  // of OwnBuffer.
+  template <typename OwnOne>
+  void Own(const Tables& tables, size_t table, size_t first, UpdateArgs* args, OwnOne own_buffer) const {
     auto own = [&](size_t i) {
-      OwnBuffer(ctx, tables.variable(i));
+      own_buffer(tables.variable(i));
       return MutableData(tables.variable(i)->tensor());
     };
     args->table = own(table);
@@ -88,6 +99,41 @@ struct UpdateRule {
 
   Rule rule;
   int num_slots, num_lags, num_counts;
+};
+
+// The attributes of an update by a gradient that is given.
+struct SparseUpdateCall {
+  explicit SparseUpdateCall(OpKernelConstruction* ctx) : rule(ctx) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype));
+    OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype));
+  }
+
+  std::vector<Tables::Input> TableInputs() const {
+    std::vector<Tables::Input> inputs = {{0, "table"}};
+    for (int i = 0; i < rule.num_variables(); ++i) inputs.push_back({1 + i, rule.NameOf(i)});
+    return inputs;
+  }
+
+  const UpdateRule rule;
+  DataType dtype;
+};
+
+struct SparseUpdateInputs {
+  SparseUpdateInputs(const SparseUpdateCall& call, OpKernelContext* ctx)
+      : tables(ctx, call.dtype, call.TableInputs(), true), indices(ctx->input(tables.size())) {
+    const int next = tables.size() + 1;
+    const Tensor& gradient = ctx->input(next);
+    args = call.rule.Read(tables, 0, 1, ctx->input(next + 1), call.rule.num_counts ? &ctx->input(next + 2) : nullptr);
+    Require(indices.dims() == 1, "indices must be rank 1 [n], got shape ", TextOf(SizesOf(indices)));
+    Sizes want = SizesOf(tables[0]);
+    want[0] = indices.NumElements();
+    CheckShape("gradient", SizesOf(gradient), want);
+    args.gradient = Data(gradient);
+  }
+
+  const Tables tables;
+  const Tensor& indices;
+  UpdateArgs args;
 };
 
 #define DEEPFM_UPDATE_ATTRS                                                 \

@@ -9,35 +9,20 @@ namespace {
 
 class SparseUpdateOp : public Kernel {
  public:
-  explicit SparseUpdateOp(OpKernelConstruction* ctx) : Kernel(ctx), rule_(ctx) {
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtype_));
-    OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype_));
-  }
+  explicit SparseUpdateOp(OpKernelConstruction* ctx) : Kernel(ctx), call_(ctx) {}
 
   void Run(OpKernelContext* ctx) override {
-    const int num_vars = 1 + rule_.num_variables();
-    std::vector<Tables::Input> inputs = {{0, "table"}};
-    for (int i = 1; i < num_vars; ++i) inputs.push_back({i, rule_.NameOf(i - 1)});
-    const Tables tables(ctx, dtype_, inputs, true);
-    const Tensor &indices = ctx->input(num_vars), &gradient = ctx->input(num_vars + 1);
-    UpdateArgs args =
-        rule_.Read(tables, 0, 1, ctx->input(num_vars + 2), rule_.num_counts ? &ctx->input(num_vars + 3) : nullptr);
-    Require(indices.dims() == 1, "indices must be rank 1 [n], got shape ", TextOf(SizesOf(indices)));
-    Sizes want = SizesOf(tables[0]);
-    want[0] = indices.NumElements();
-    CheckShape("gradient", SizesOf(gradient), want);
+    SparseUpdateInputs in(call_, ctx);
     const Parallel pool = PoolOf(ctx);
     RowGroups groups;
-    Group(indices, args.num_rows, pool, &groups);
-    rule_.Own(ctx, tables, 0, 1, &args);
-    args.gradient = Data(gradient);
-    args.groups = &groups;
-    SparseUpdate(args, pool);
+    Group(in.indices, in.args.num_rows, pool, &groups);
+    call_.rule.Own(in.tables, 0, 1, &in.args, [ctx](tensorflow::Var* var) { OwnBuffer(ctx, var); });
+    in.args.groups = &groups;
+    SparseUpdate(in.args, pool);
   }
 
  private:
-  const UpdateRule rule_;
-  DataType dtype_;
+  const SparseUpdateCall call_;
 };
 
 REGISTER_OP("DeepfmOpsSparseUpdate")

@@ -8,7 +8,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from testing import dense_samples, oracle, ragged_samples, run_python, tolerance
+from testing import run_python
 
 kernels = pytest.importorskip("deepfm_ops.kernels", reason="a pure-Python install has no kernels")
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -18,70 +18,6 @@ DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bf
 def data(rng):
     table = rng.normal(size=(50, 6)).astype("f")
     return table, rng.integers(0, 50, (7, 4)), rng.normal(size=(7, 4)).astype("f")
-
-
-def reference(table, indices, values, d_interaction):
-    """Forward sums and the gradient, in float64."""
-    e = np.asarray(table, float)[indices] * values[..., None]
-    s = e.sum(1)
-    d = d_interaction[:, :, None] * (s[:, None] - e)
-    rows, position = np.unique(indices, return_inverse=True)
-    d_rows = np.zeros((len(rows), table.shape[1]))
-    np.add.at(d_rows, position.ravel(), (values[..., None] * d).reshape(-1, table.shape[1]))
-    return s, rows, d_rows, (np.asarray(table, float)[indices] * d).sum(-1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
-def test_forward_and_gradient(dtype, index_dtype, rng):
-    for dim in (1, 7, 16, 33, 130):
-        table = rng.normal(size=(50, dim)).astype(DTYPES[dtype])
-        acc = np.float64 if dtype == "float64" else np.float32
-        indices = rng.integers(0, 50, (7, 4)).astype(index_dtype)
-        values, g = rng.normal(size=(7, 4)).astype(acc), rng.normal(size=(7, 1)).astype(acc)
-        samples = dense_samples(indices, values)
-        bound = tolerance(dtype, samples, table)
-        y, sums, embeddings, _ = kernels.fm_forward(table, indices, values, return_embeddings=True)
-        assert y.dtype == sums.dtype == embeddings.dtype == acc
-        np.testing.assert_allclose(y, oracle(table, samples), atol=bound, rtol=0)
-        expected = reference(table, indices, values.astype(float), g.astype(float))
-        np.testing.assert_allclose(sums, expected[0], atol=bound, rtol=0)
-        np.testing.assert_allclose(embeddings, np.asarray(table, acc)[indices] * values[..., None], rtol=1e-6)
-        unique, rows, d_values = kernels.fm_gradient(table, indices, values, sums, g, need_values=True)
-        assert rows.dtype == table.dtype and unique.dtype == np.int64
-        np.testing.assert_array_equal(unique, expected[1])
-        narrow = {"bfloat16": 8e-3, "float16": 1e-3}.get(dtype, 0)
-        np.testing.assert_allclose(rows.astype(float), expected[2], atol=100 * bound, rtol=narrow)
-        np.testing.assert_allclose(d_values, expected[3], atol=100 * bound, rtol=0)
-
-
-def test_ragged_and_fields(rng):
-    table = rng.normal(size=(9, 5))
-    indices, values, splits = rng.integers(0, 9, 8), rng.normal(size=8), np.array([0, 3, 3, 8])
-    y, _, _, _ = kernels.fm_forward(table, indices, values, row_splits=splits, output="vector")
-    np.testing.assert_allclose(y, oracle(table, ragged_samples(indices, values, splits), "vector"), atol=1e-12)
-    indices, values = rng.integers(0, 9, (2, 4)), rng.normal(size=(2, 4))
-    samples = [[[(i[0], x[0])], [(i[p], x[p]) for p in (1, 2, 3)]] for i, x in zip(indices, values, strict=True)]
-    y, sums, e, _ = kernels.fm_forward(table, indices, values, field_splits=[0, 1, 4], return_embeddings=True)
-    np.testing.assert_allclose(y, oracle(table, samples), atol=1e-12)
-    with pytest.raises(ValueError, match="embeddings are needed with field_splits"):
-        kernels.fm_gradient(table, indices, values, sums, y, field_splits=[0, 1, 4])
-    assert kernels.fm_gradient(table, indices, values, sums, y, embeddings=e, field_splits=[0, 1, 4])[0].size > 0
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, "uint16"])
-def test_first_order(dtype, rng):
-    """The weights of the pairs, in the same call; bfloat16 also as its bits."""
-    narrow = DTYPES.get(dtype, ml_dtypes.bfloat16)
-    acc = np.float64 if dtype == "float64" else np.float32
-    table, weights = rng.normal(size=(50, 6)).astype(narrow), rng.normal(size=(50, 1)).astype(narrow)
-    indices, values = rng.integers(0, 50, (7, 4)), rng.normal(size=(7, 4)).astype(acc)
-    given = (table.view(np.uint16), weights.view(np.uint16)) if dtype == "uint16" else (table, weights)
-    y, _, _, linear = kernels.fm_forward(given[0], indices, values, weights=given[1])
-    expected = (values * weights.astype(acc)[indices, 0]).sum(1, keepdims=True)
-    np.testing.assert_allclose(linear, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(y, kernels.fm_forward(table, indices, values)[0])
-    assert linear.dtype == acc and kernels.fm_forward(table, indices)[3] is None
 
 
 def int8_table(rng, rows, dim):
@@ -224,112 +160,6 @@ def test_results_outlive_each_other(data):
     for _ in range(20):
         kernels.fm_forward(table, indices, -2 * values)
     np.testing.assert_array_equal(part, kept)
-
-
-def test_read_only_inputs_are_fine_and_stay_as_they_are(data):
-    table, indices, values = (a.copy() for a in data)
-    for a in (table, indices, values):
-        a.setflags(write=False)
-    y, sums, _, _ = kernels.fm_forward(table, indices, values)
-    kernels.fm_gradient(table, indices, values, sums, y)
-    for a, b in zip((table, indices, values), data, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def misaligned(array):
-    raw = np.zeros(array.nbytes + 1, np.uint8)
-    view = raw[1:].view(array.dtype).reshape(array.shape)
-    view[:] = array
-    return view
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            lambda t, i, x: (t.astype(int), i, x),
-            TypeError,
-            "table must be float32, float64, bfloat16, float16.* in native",
-        ),
-        (lambda t, i, x: (t.astype(">f4"), i, x), TypeError, "table must be .* in native byte order, got >f4"),
-        (lambda t, i, x: (t, i.astype(">i8"), x), TypeError, "indices must be int32, int64 in native byte order"),
-        (lambda t, i, x: (t, i.astype(float), x), TypeError, "indices must be int32, int64"),
-        (
-            lambda t, i, x: (t, i, x.astype(float)),
-            TypeError,
-            "values must be float32 in native byte order, got float64",
-        ),
-        (lambda t, i, x: (t[:, ::2], i, x), ValueError, "table must be C-contiguous, got strides"),
-        (lambda t, i, x: (t, np.asfortranarray(i), x), ValueError, "indices must be C-contiguous"),
-        (lambda t, i, x: (misaligned(t), i, x), ValueError, "table must be aligned to its items of 4 bytes"),
-        (lambda t, i, x: (t, misaligned(i), x), ValueError, "indices must be aligned to its items of 8 bytes"),
-        (lambda t, i, x: (t[0], i, x), ValueError, r"table must be rank 2 \[V, K\], got shape \(6,\)"),
-        (lambda t, i, x: (t, i[0], x[0]), ValueError, r"indices must be rank 2 \[B, F\], or rank 1 with row_splits"),
-        (
-            lambda t, i, x: (t, i, x[:, :3].copy()),
-            ValueError,
-            r"values must have the shape of indices, \(7, 4\), got \(7, 3\)",
-        ),
-        (lambda t, i, x: (t, i + 50, x), IndexError, r"indices\[0,0\] = \d+ is not in \[0, 50\)"),
-    ],
-)
-def test_arrays_that_are_refused(change, error, message, data):
-    arrays = change(*data)
-    with pytest.raises(error, match=message):
-        kernels.fm_forward(*arrays)
-    if error is not IndexError or arrays[0].ndim == 2:
-        with pytest.raises(error, match=message):
-            kernels.fm_gradient(*arrays, np.zeros((7, 6), "f"), np.zeros((7, 1), "f"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
-        ({"output": "all"}, ValueError, "output must be one of sum, scalar, vector, got 'all'"),
-        ({"field_splits": [0, 3]}, ValueError, "field_splits must end at the columns of indices, 4, got"),
-        ({"field_splits": []}, ValueError, "field_splits must go from 0"),
-        ({"row_splits": np.array([0, 28])}, ValueError, r"indices must be rank 1 \[nnz\] with row_splits"),
-        ({"row_splits": np.array([0, 28]), "field_splits": [0, 4]}, ValueError, "field_splits needs indices of rank 2"),
-    ],
-)
-def test_arguments_that_are_refused(arguments, error, message, data):
-    with pytest.raises(error, match=message):
-        kernels.fm_forward(*data, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("splits", "message"),
-    [
-        ([1, 4], r"row_splits must start at 0, got row_splits\[0\] = 1"),
-        ([0, 3, 2, 4], r"row_splits must not decrease, got row_splits\[1\] = 3 and row_splits\[2\] = 2"),
-        ([0, 9], r"row_splits must end at nnz = 4, got row_splits\[1\] = 9"),
-        ([], r"row_splits must be rank 1 \[B \+ 1\]"),
-    ],
-)
-def test_row_splits_that_are_refused(splits, message, data):
-    with pytest.raises(ValueError, match=message):
-        kernels.fm_forward(data[0], np.arange(4), row_splits=np.array(splits, np.int64))
-    with pytest.raises(TypeError, match="row_splits must be int64"):
-        kernels.fm_forward(data[0], np.arange(4), row_splits=np.array([0, 4], np.int32))
-
-
-def test_a_table_of_more_than_two_to_the_31_rows():
-    """A mapping that is touched at three rows only: 64-bit row numbers and byte offsets."""
-    rows = 2**31 + 10**6
-    table = np.zeros((rows, 1), np.float16)  # zeros of the operating system, never touched
-    table[[3, 2**31 + 7, rows - 1], 0] = [1, 2, 4]
-    indices = np.array([[3, 2**31 + 7, rows - 1], [3, 3, 0]])
-    y, sums, _, _ = kernels.fm_forward(table, indices)
-    np.testing.assert_array_equal(y, [[1 * 2 + 1 * 4 + 2 * 4], [1]])
-    unique, d_rows, _ = kernels.fm_gradient(table, indices, None, sums, np.ones((2, 1), "f"))
-    np.testing.assert_array_equal(unique, [0, 3, 2**31 + 7, rows - 1])
-    np.testing.assert_array_equal(d_rows[:, 0], [2, 6 + 1 + 1, 5, 3])
-    many = np.tile(indices, (400, 1))  # enough for the radix sort
-    unique, _, _ = kernels.fm_gradient(table, many, None, np.zeros((800, 1), "f"), np.ones((800, 1), "f"))
-    np.testing.assert_array_equal(unique, [0, 3, 2**31 + 7, rows - 1])
-    with pytest.raises(IndexError, match=rf"indices\[0,0\] = {rows} is not in \[0, {rows}\)"):
-        kernels.fm_forward(table, np.array([[rows]]))
 
 
 def test_results_that_cannot_be_allocated():

@@ -128,7 +128,9 @@ def build_wheel(tmp_path, mode, python=sys.executable, **environment):
             objects = shutil.ignore_patterns("matrix", "wheel", "docs", "lib*", "bdist*")
             shutil.copytree(ROOT / "build", source / "build", ignore=objects)  # the compiler is not what is tested
     command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    env = {**os.environ, "DEEPFM_OPS_BUILD": mode, **environment}
+    has_cuda = _library._build_info(pathlib.Path(deepfm_ops.__file__).parent).get("cuda_architectures")
+    cuda = {} if has_cuda else {"DEEPFM_OPS_CUDA": "0"}  # nothing is compiled for minutes
+    env = {**os.environ, "DEEPFM_OPS_BUILD": mode, **cuda, **environment}
     done = subprocess.run([*command, "-w", str(tmp_path), str(source)], env=env, capture_output=True, text=True)
     return done, sorted(tmp_path.glob("*.whl"))
 
@@ -186,6 +188,12 @@ def test_pure_python_wheel(why, tmp_path):
     assert "False | deepfm_ops was installed without its native library" in score(tmp_path / "site")
 
 
+def test_a_wheel_that_cannot_have_cuda(tmp_path):
+    done, wheels = build_wheel(tmp_path, "python", DEEPFM_OPS_CUDA="1")
+    assert done.returncode != 0 and not wheels
+    assert "DEEPFM_OPS_CUDA=1 needs a C++ compiler, and DEEPFM_OPS_BUILD other than python" in done.stderr
+
+
 def test_a_module_of_an_earlier_build_is_left_out(tmp_path):
     build_wheel(tmp_path, "python")
     (stale,) = (tmp_path / "source" / "build").glob("lib*/deepfm_ops")
@@ -208,7 +216,7 @@ def test_a_compiler_that_fails(tmp_path):
 
 
 def test_kernels_know_nothing_of_tensorflow():
-    for path in [*ROOT.glob("csrc/kernels/*"), *ROOT.glob("csrc/tables/*"), *ROOT.glob("csrc/python/*")]:
+    for path in (path for room in ("kernels", "cuda", "tables", "python") for path in ROOT.glob(f"csrc/{room}/**/*.*")):
         text = path.read_text()
         assert not re.search(r'#include\s*[<"](tensorflow|tsl|absl|Eigen|xla)', text), path
 
