@@ -125,9 +125,14 @@ def _by_place(on_cpu):
 
     @functools.wraps(on_cpu)
     def function(*arguments, **options):
-        if any(map(_on_gpu, arguments)) or any(map(_on_gpu, options.values())):
-            return call_on_gpu(_cuda(), name, *arguments, **options)
-        return on_cpu(*arguments, **options)
+        table = arguments[0] if arguments else options.get("table")
+        try:  # of an array of NumPy nothing more is asked: a call for one sample takes but a few microseconds
+            if isinstance(table, np.ndarray) or not _on_gpu(table):
+                return on_cpu(*arguments, **options)
+        except TypeError:
+            if not any(map(_on_gpu, [*arguments, *options.values()])):
+                raise
+        return call_on_gpu(_cuda(), name, *arguments, **options)
 
     return function
 

@@ -139,8 +139,11 @@ struct UpdateInputs {
 
 }  // namespace
 
-void CheckDtype(const char* name, const std::string& dtype, const std::string& shown, const Dtypes& dtypes) {
-  if (std::any_of(dtypes.begin(), dtypes.end(), [&](const char* allowed) { return Is(dtype, allowed); })) return;
+bool IsOneOf(const std::string& dtype, const Dtypes& dtypes) {
+  return std::any_of(dtypes.begin(), dtypes.end(), [&](const char* allowed) { return Is(dtype, allowed); });
+}
+
+void FailDtype(const char* name, const std::string& shown, const Dtypes& dtypes) {
   std::string all;
   for (const char* allowed : dtypes) all += (all.empty() ? "" : ", ") + std::string(allowed);
   throw py::type_error(std::string(name) + " must be " + all + " in native byte order, got " + shown);

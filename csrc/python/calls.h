@@ -81,7 +81,8 @@ struct CallInputs : PairInputs {
 };
 
 // What they are made of, for a place's Read.
-void CheckDtype(const char* name, const std::string& dtype, const std::string& shown, const Dtypes& dtypes);
+bool IsOneOf(const std::string& dtype, const Dtypes& dtypes);
+[[noreturn]] void FailDtype(const char* name, const std::string& shown, const Dtypes& dtypes);
 TableType TableTypeOf(const std::string& dtype);
 
 // The calls; the docstrings in kernels.cc are about them.

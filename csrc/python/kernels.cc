@@ -57,7 +57,7 @@ std::string NativeDtype(const py::array& array) {
 // Checks what every array must be, and returns its dtype's name.
 std::string Check(const char* name, const py::array& array, const Dtypes& dtypes) {
   const std::string dtype = NativeDtype(array);
-  CheckDtype(name, dtype, DtypeOf(array), dtypes);
+  if (!IsOneOf(dtype, dtypes)) FailDtype(name, DtypeOf(array), dtypes);
   const int flags = array.flags();
   if (!(flags & py::array::c_style))
     Fail(std::string(name) + " must be C-contiguous, got strides " + std::string(py::str(array.attr("strides"))));

@@ -23,7 +23,7 @@ from deepfm_ops.scorer import file
 from deepfm_ops.scorer.file import ScorerFileError
 
 try:
-    from deepfm_ops import kernels
+    from deepfm_ops import _kernels as kernels
 except ImportError:  # then there is no scorer either
     kernels = None
 

@@ -17,7 +17,7 @@ from deepfm_ops.scorer.ranking import Items
 from deepfm_ops.scorer.rows import INT8_HEADER, Sharded, decoded, gathered
 
 try:
-    from deepfm_ops import kernels
+    from deepfm_ops import _kernels as kernels
 except ImportError:  # a pure-Python install can write files, but not score with them
     kernels = None
 

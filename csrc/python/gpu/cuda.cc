@@ -250,7 +250,7 @@ Array OnDevice::Tensor(const char* name, py::handle array, const Dtypes& dtypes,
   const py::capsule capsule = Export(array, exported_to_);
   const auto [tensor, writable] = TensorIn(name, capsule);
   const std::string dtype = NameOf(tensor->dtype);
-  CheckDtype(name, dtype, dtype, dtypes);
+  if (!IsOneOf(dtype, dtypes)) FailDtype(name, dtype, dtypes);
   const Sizes sizes(tensor->shape, tensor->shape + tensor->ndim);
   const int64_t item = tensor->dtype.bits / 8;
   int64_t size = 1;
