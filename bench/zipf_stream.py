@@ -30,7 +30,7 @@ class ZipfStream(Stream):
         sizes = self.features.num_features, self.features.num_fields, self.size, self.batches_of_all
         return make, (sizes, None, {}, self.state())
 
-    def check_labels(self, least, most, what):
+    def check_labels(self, task):
         pass
 
     def state(self):

@@ -127,8 +127,8 @@ class _SparseLayer(keras.layers.Layer):
             return None
         return tf.convert_to_tensor(self.feature_counts.value), *first_pass_of(self.samples.value)
 
-    def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear):
-        """The penalty of a call, and by what a replica multiplies it, or None."""
+    def _penalty(self, samples, training, l2, l2_linear, prior, prior_linear, counts_samples=True):
+        """The penalty of a call, and by what a replica multiplies it, or None; counts the call's samples, if told."""
         row_counts = None if _library.is_export() else self._row_counts()
         if row_counts is None:
             return reference.Penalty(l2, l2_linear), None
@@ -138,12 +138,15 @@ class _SparseLayer(keras.layers.Layer):
         weight = None
         if training and isinstance(self.samples.value, tf.Variable):  # and not what a keras.StatelessScope has for it
             everyones = replicas.total(samples)
-            self.samples.value.assign_add([everyones, 0])
+            if counts_samples:
+                self.samples.value.assign_add([everyones, 0])
             if replicas.others() is not None:  # the op divides by the samples of this replica
                 weight = replicas.share(samples, everyones, arguments.accumulation_dtype(tf.as_dtype(self.dtype)))
         return reference.Penalty(l2, l2_linear, table, priors), weight
 
-    def _interaction(self, table, inputs, output, training, penalties, return_embeddings=False, **options):
+    def _interaction(
+        self, table, inputs, output, training, penalties, return_embeddings=False, counts_samples=True, **options
+    ):
         indices, values = _pairs(inputs, table.dtype)
         table, pairs = arguments.parse(table, indices, values, None, "vector")
         splits = ()
@@ -156,7 +159,8 @@ class _SparseLayer(keras.layers.Layer):
         samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
         l2, l2_linear, *priors = penalties
         is_shared = training and bool(l2 or l2_linear) and replicas.others() is not None
-        penalty, weight = self._penalty(samples, training, *((0.0, 0.0) if is_shared else (l2, l2_linear)), *priors)
+        strengths = (0.0, 0.0) if is_shared else (l2, l2_linear)
+        penalty, weight = self._penalty(samples, training, *strengths, *priors, counts_samples=counts_samples)
         result, embeddings, linear, silent = ops.interaction(
             table,
             pairs,
@@ -222,7 +226,8 @@ class FirstOrder(_SparseLayer):
 
     Args:
         num_features: number of features, V; indices are in [0, V).
-        weights_initializer, weights_regularizer: of w [V, 1]. A regularizer acts on all of w, so that its
+        units: H, how many such sums there are, each of weights of its own.
+        weights_initializer, weights_regularizer: of w [V, H]. A regularizer acts on all of w, so that its
             gradient is dense.
         l2: strength of a penalty on the rows that a batch uses, as for `FMInteraction`.
         feature_counts, num_samples, prior: a prior on w, as for `FMInteraction`.
@@ -232,7 +237,7 @@ class FirstOrder(_SparseLayer):
         inputs: as for `FMInteraction`.
 
     Returns:
-        [B, 1].
+        [B, H].
 
     """
 
@@ -240,6 +245,7 @@ class FirstOrder(_SparseLayer):
         self,
         num_features,
         *,
+        units=1,
         weights_initializer="zeros",
         weights_regularizer=None,
         l2=0.0,
@@ -248,23 +254,25 @@ class FirstOrder(_SparseLayer):
         **kwargs,
     ):
         super().__init__(num_features, field_sizes, **kwargs)
+        self.units = positive("units", units)
         self.l2, self.prior = _strength("l2", l2), deviation("prior", prior)
         self.weights_initializer = keras.initializers.get(weights_initializer)
         self.weights_regularizer = keras.regularizers.get(weights_regularizer)
 
     def build(self, input_shape=None):
         super().build(input_shape)
-        self.w = self._add_table("w", 1, self.weights_initializer, self.weights_regularizer)
+        self.w = self._add_table("w", self.units, self.weights_initializer, self.weights_regularizer)
 
     def call(self, inputs, training=False):
         return self._interaction(self.w, inputs, "sum", training, (self.l2, 0.0, self.prior, None))[0]
 
     def compute_output_shape(self, input_shape):
-        return (self._fields(input_shape)[0], 1)
+        return (self._fields(input_shape)[0], self.units)
 
     def get_config(self):
         return {
             **super().get_config(),
+            "units": self.units,
             "weights_initializer": keras.initializers.serialize(self.weights_initializer),
             "weights_regularizer": keras.regularizers.serialize(self.weights_regularizer),
             "l2": self.l2,
@@ -294,8 +302,9 @@ class FMInteraction(_SparseLayer):
         return_embeddings: also return the e[b,f,:], for a deep part that shares the table.
         embeddings_initializer, embeddings_regularizer: of the table [V, K]. A regularizer acts on the
             whole table, so that its gradient is dense.
-        linear_initializer, linear_regularizer: of w [V, 1].
-        linear_apart: return the first order by itself, [B, 1], after the interaction, instead of adding it.
+        linear_initializer, linear_regularizer: of w [V, H].
+        linear_apart: return the first order by itself, [B, H], after the interaction, instead of adding it.
+        linear_units: H, as `FirstOrder` has units; with more than one a call of the op of its own computes them.
         l2, l2_linear: strengths of a penalty, l2 * sum of row^2 over the rows that a call uses, each once. It
             is among the layer's `losses` and leaves the gradient sparse; its value there is zero, only its
             gradient is that of the penalty.
@@ -351,6 +360,7 @@ class FMInteraction(_SparseLayer):
         linear_initializer="zeros",
         linear_regularizer=None,
         linear_apart=False,
+        linear_units=1,
         l2=0.0,
         l2_linear=0.0,
         feature_counts=None,
@@ -366,6 +376,9 @@ class FMInteraction(_SparseLayer):
             raise ValueError(f"output must be one of {', '.join(arguments.OUTPUTS)}, got {output!r}")
         if linear_apart and not use_linear:
             raise ValueError("linear_apart needs use_linear")
+        self.linear_units = positive("linear_units", linear_units)
+        if self.linear_units > 1 and not linear_apart:
+            raise ValueError(f"linear_units must be 1 without linear_apart, got {linear_units}")
         if use_linear and not linear_apart and output != "scalar":
             raise ValueError(f"use_linear adds the first order to the scalar; output must be 'scalar', got {output!r}")
         self.embedding_dim = positive("embedding_dim", embedding_dim)
@@ -391,9 +404,14 @@ class FMInteraction(_SparseLayer):
             "embeddings", columns, self.embeddings_initializer, self.embeddings_regularizer
         )
         if self.use_linear:
-            self.w = self._add_table("w", 1, self.linear_initializer, self.linear_regularizer)
+            self.w = self._add_table("w", self.linear_units, self.linear_initializer, self.linear_regularizer)
 
     def call(self, inputs, training=False):
+        weights, apart = None if self.w is None else self.w.value, None
+        if self.w is not None and self.linear_units > 1:
+            strengths = self.l2_linear, 0.0, self.linear_prior, None
+            apart = self._interaction(self.w, inputs, "sum", training, strengths, counts_samples=False)[0]
+            weights = None
         result, embeddings, linear = self._interaction(
             self.embeddings,
             inputs,
@@ -401,8 +419,9 @@ class FMInteraction(_SparseLayer):
             training,
             (self.l2, self.l2_linear, self.embedding_prior, self.linear_prior),
             self.return_embeddings,
-            weights=None if self.w is None else self.w.value,
+            weights=weights,
         )
+        linear = linear if apart is None else apart
         if self.use_linear and not self.linear_apart:
             result = result + linear
         return self._outputs(embeddings, result, linear)
@@ -414,7 +433,7 @@ class FMInteraction(_SparseLayer):
     def compute_output_shape(self, input_shape):
         batch, fields = self._fields(input_shape)
         result = (batch, 1 if self.output_kind == "scalar" else self.embedding_dim)
-        return self._outputs((batch, fields, self.embedding_dim), result, (batch, 1))
+        return self._outputs((batch, fields, self.embedding_dim), result, (batch, self.linear_units))
 
     def get_config(self):
         return {
@@ -428,6 +447,7 @@ class FMInteraction(_SparseLayer):
             "linear_initializer": keras.initializers.serialize(self.linear_initializer),
             "linear_regularizer": keras.regularizers.serialize(self.linear_regularizer),
             "linear_apart": self.linear_apart,
+            "linear_units": self.linear_units,
             "l2": self.l2,
             "l2_linear": self.l2_linear,
             "embedding_prior": self.embedding_prior,

@@ -2,6 +2,9 @@
 
     y = bias + first orders + second orders + deep part, and its sigmoid for task "binary"
 
+of each of H numbers where there are several heads, or classes (`heads` says which; their second orders have
+projections).
+
 A model writes its plan while it is made. There the sources of numbers are its Keras layers; in a scorer's file they are
 the names of arrays, and in a scorer the arrays. Nothing is ever looked up by the name of a layer.
 """
@@ -9,6 +12,7 @@ the names of arrays, and in a scorer the arrays. Nothing is ever looked up by th
 import dataclasses
 from typing import Any
 
+from deepfm_ops import heads
 from deepfm_ops.features.columns import input_specs
 
 
@@ -17,7 +21,7 @@ class Lookup:
     """The rows of one table, by the pairs of an encoder.
 
     Attributes:
-        source: what owns the table [V, K], and first-order weights [V, 1].
+        source: what owns the table [V, K], and first-order weights [V, H].
         field_sizes: index columns of each field; they are summed.
         linear: whether its first order is added up too.
         encoder: number of the encoder that makes the pairs; None: indices and values are the model's own inputs.
@@ -37,24 +41,25 @@ class Plan:
     """The parts of a model.
 
     Attributes:
-        task: "binary" or "regression".
+        task: what `heads.plain` gave.
         head: the source of the bias.
         inputs: {name: (shape of a sample, dtype)} of a model of feature columns; None: indices and values.
         columns: the feature columns of a model of them.
         encoders: the feature columns of each encoder.
-        first_orders: lookups whose rows, of one column, are summed.
+        first_orders: lookups whose rows, of H columns, are summed.
         lookups: lookups of embeddings.
         second_order: numbers of lookups, for the interaction of all their fields, or lists of the (lookup, field) that
             interact.
+        projections: for more than one number, the source of a kernel [K, H] of each second order; else none.
         linear_dense, linear_kernel: dense columns of the first order, and the source of their kernel.
         deep_dense: dense columns that enter the deep part after the embeddings.
         hidden: (source of kernel and bias, source of a normalization before the activation or None) of each layer.
         activation: of the hidden layers, as Keras serializes it.
-        deep: the source of the kernel [., 1] that ends the deep part, or None without a deep part.
+        deep: the source of the kernel [., H] that ends the deep part, or None without a deep part.
 
     """
 
-    task: str = "binary"
+    task: Any = "binary"
     head: Any = None
     inputs: dict | None = None
     columns: list = dataclasses.field(default_factory=list)
@@ -62,12 +67,18 @@ class Plan:
     first_orders: list[Lookup] = dataclasses.field(default_factory=list)
     lookups: list[Lookup] = dataclasses.field(default_factory=list)
     second_order: list = dataclasses.field(default_factory=list)
+    projections: list = dataclasses.field(default_factory=list)
     linear_dense: list = dataclasses.field(default_factory=list)
     linear_kernel: Any = None
     deep_dense: list = dataclasses.field(default_factory=list)
     hidden: list = dataclasses.field(default_factory=list)
     activation: Any = None
     deep: Any = None
+
+    @property
+    def width(self):
+        """H, the numbers of a sample."""
+        return heads.width(self.task)
 
     @property
     def tables(self):
@@ -83,6 +94,7 @@ class Plan:
             head=change(self.head),
             first_orders=moved(self.first_orders),
             lookups=moved(self.lookups),
+            projections=list(map(change, self.projections)),
             linear_kernel=optional(self.linear_kernel),
             hidden=[(change(layer), optional(norm)) for layer, norm in self.hidden],
             deep=optional(self.deep),

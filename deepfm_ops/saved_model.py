@@ -14,6 +14,8 @@ from deepfm_ops.models.base import fitting
 def export(model, path, portable=True, *, features=None):
     """Writes a SavedModel with one signature, "serving_default": named inputs of any batch size to "score" [B, 1].
 
+    Of a model of classes "score" is [B, C]; one of several heads has an output of each head's name instead.
+
     Args:
         model: a DeepFM, or any functional Keras model with this package's layers and one output.
         path: folder; what a SavedModel there holds is overwritten.
@@ -36,7 +38,8 @@ def export(model, path, portable=True, *, features=None):
         raise TypeError(f"model must be a functional Keras model, got {type(model).__name__}")
     if hasattr(model, "show_averages"):
         model.show_averages()
-    if len(model.outputs) != 1:
+    named = isinstance(getattr(getattr(model, "plan", None), "task", None), dict)
+    if len(model.outputs) != 1 and not named:
         raise ValueError(f"model must have one output, got {len(model.outputs)}")
     if dense := [x.name for x in model.inputs if getattr(x, "sparse", False) or getattr(x, "ragged", False)]:
         raise ValueError(f"inputs {dense} are ragged or sparse, which a signature here cannot have")
@@ -61,7 +64,8 @@ def export(model, path, portable=True, *, features=None):
             inputs = encoder(inputs)
         else:
             inputs = keras.tree.pack_sequence_as(model.input, [inputs[x.name] for x in model.inputs])
-        return {"score": model(inputs, training=False)}
+        scores = model(inputs, training=False)
+        return scores if named else {"score": scores}
 
     with _library.export("portable" if portable else "native"):
         signature = score.get_concrete_function()

@@ -11,6 +11,7 @@ HOME = {
     "DeepFM": "models",
     "ColumnDeepFM": "models",
     "Head": "models.parts",
+    "Projection": "models.parts",
     "BiInteraction": "models.parts",
     "Fields": "models.parts",
     "Sum": "models.parts",

@@ -24,7 +24,7 @@ class Batch:
     Attributes:
         number: of the batch in its part of the pass, from 0 on.
         part: number of the part.
-        inputs: arrays (indices [B, P], values [B, P], labels [B, 1] or [0, 1], weights [B] or [0]); None of a stream,
+        inputs: arrays (indices [B, P], values [B, P], labels [B, heads], weights [B] or [0]); None of a stream,
             which the worker reads itself.
         state: of a stream, where the part is read from.
 
@@ -115,18 +115,18 @@ class StreamParts:
     Args:
         stream: `data.Stream`. It stays where it is: the position is here, one for each part.
         parts: how many.
-        labels: what `Stream.check_labels` takes.
+        task: of the model, see `heads`; what `Stream.check_labels` takes.
         whole: whether the first pass is over all of it too, wherever the stream is.
 
     """
 
     kind = "stream"
 
-    def __init__(self, stream, parts, labels, whole=False):
+    def __init__(self, stream, parts, task, whole=False):
         make, (features, source, options, _) = stream.__reduce__()
         self._start, self._parts, self._whole = stream.state(), parts, whole
         try:
-            self.job, self.content = uuid.uuid4().hex, pickle.dumps((make, features, source, options, labels))
+            self.job, self.content = uuid.uuid4().hex, pickle.dumps((make, features, source, options, task))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise ValueError(
                 f"a {type(source).__name__} cannot be sent to workers ({error}): give the stream files, a table, or a "
@@ -233,7 +233,8 @@ def next_batch(job, state):
         state: a stream's state, JSON.
 
     Returns:
-        the state after it, or UNKNOWN or OVER if there is none; indices [B, P], values [B, P], labels [B] (none: [0]).
+        the state after it, or UNKNOWN or OVER if there is none; indices [B, P], values [B, P], labels [B], of a dict of
+        tasks [B, heads] (none: [0]).
 
     Raises:
         ValueError: a record that cannot be read, or a file that this worker does not have.
@@ -249,9 +250,9 @@ def next_batch(job, state):
     _reading.pop(place, None)
     try:
         if at != state:
-            make, features, source, options, labels = _jobs[job]
+            make, features, source, options, task = _jobs[job]
             stream = make(features, source, {**options, "shard": tuple(state["shard"])}, state)
-            stream.check_labels(*labels)
+            stream.check_labels(task)
             batches = iter(stream)
         batch, after = next(batches, None), stream.state()
     except Exception as error:  # of the batch, and not of the worker
@@ -262,4 +263,6 @@ def next_batch(job, state):
     if after["epoch"] == state["epoch"]:
         _reading[place] = after, stream, batches
     (indices, values), *labels = batch
+    if labels and isinstance(labels[0], dict):
+        labels = [np.stack([labels[0][name] for name in _jobs[job][-1]], axis=1)]
     return json.dumps(after).encode(), indices, values, labels[0] if labels else nothing[2]

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import saved_model
+from deepfm_ops import heads, saved_model
 from deepfm_ops.cluster import exports, feeding
 from deepfm_ops.cluster.config import ClusterError
 from deepfm_ops.cluster.coordinator import connect
@@ -121,7 +121,7 @@ class ShardedDeepFM:
         """Those of the template."""
         return self.template.layers
 
-    def compile(self, optimizer=None, loss=None, metrics=None, weighted_metrics=None):
+    def compile(self, optimizer=None, loss=None, metrics=None, weighted_metrics=None, loss_weights=None):
         """As `DeepFM.compile`; the optimizer is made anew on the servers, from its configuration.
 
         Args:
@@ -131,6 +131,7 @@ class ShardedDeepFM:
             loss: None: the recommended one.
             metrics: Keras's; the chief updates them, once for every batch.
             weighted_metrics: likewise.
+            loss_weights: as `DeepFM.compile`'s.
 
         Raises:
             ValueError: an optimizer whose step costs whole tables.
@@ -142,9 +143,15 @@ class ShardedDeepFM:
             optimizer = keras.optimizers.get(optimizer)
         self._steps.compile(optimizer, keep=self._averages_are_shown)
         self._averages_are_shown = False
-        loss = recipe.LOSS[self.template.plan.task] if loss is None else loss
+        loss = recipe.losses(self.template.plan.task, loss)
         self._compiled = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
+        self._compiled["loss_weights"] = loss_weights
         self.template.compile(self.optimizer, **self._compiled)
+        if isinstance(self.template.plan.task, dict):  # Keras makes the losses' metrics here, not in a worker's step
+            labels = self._steps.unpacked(tf.zeros([1, self._steps.num_labels]))
+            scores = {name: tf.ones([1, *x.shape[1:]]) for name, x in self.template.output.items()}
+            self.template.compute_loss(None, labels, scores)
+            self.template.reset_metrics()
 
     def fit(
         self,
@@ -271,16 +278,21 @@ class ShardedDeepFM:
         return logs if return_dict else list(logs.values()) if len(logs) > 1 else next(iter(logs.values()))
 
     def predict(self, x, batch_size=None, verbose="auto"):
-        """Scores, float32 [n, 1], of averaged weights where there are some."""
+        """Scores, float32 [n, 1] or what else `DeepFM.predict` gives, of averaged weights where there are some."""
         del verbose
         data = self._data(x, labels=False)
         if not isinstance(data, Stream) and not len(data[0]):
-            return np.zeros((0, 1), np.float32)
+            return self._by_head(np.zeros(0, np.float32))
         feed, _ = self._feed(data, batch_size or EVALUATED_ROWS, whole=True)  # in one part, which has an order
         with self._watched(), contextlib.closing(iter(self._steps_of("predict", feed, False, AVERAGES))) as results:
             found = {batch.number: scores for batch, scores in results}
         _refuse_empty(feed)
-        return np.concatenate([found[number] for number in sorted(found)]).reshape(-1, 1)
+        return self._by_head(np.concatenate([found[number] for number in sorted(found)]))
+
+    def _by_head(self, scores):
+        """What a step gave of scores as `DeepFM.predict` gives them."""
+        plan = self.template.plan
+        return heads.joined(plan.task, [x for _, x in heads.split(plan.task, scores.reshape(-1, plan.width))])
 
     # Data.
 
@@ -296,7 +308,7 @@ class ShardedDeepFM:
         return x
 
     def _arrays(self, x, y, sample_weight, labels):
-        """[indices int [n, P], values float32 [n, P], labels float32 [n, 1], and weights float32 [n] if any]."""
+        """[indices int [n, P], values float32 [n, P], labels float32 [n, heads], and weights float32 [n] if any]."""
         x = (x["indices"], x["values"]) if isinstance(x, dict) else x
         if not isinstance(x, list | tuple) or len(x) != 2:
             raise ValueError(f"x must be (indices, values), a stream or a function that returns one, got {type(x)}")
@@ -309,9 +321,10 @@ class ShardedDeepFM:
                 raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
         if labels and y is None:
             raise ValueError("y must be given beside x: the labels, 1-D")
-        arrays.append(np.asarray(self.template._targets(y) if labels else np.zeros((shape[0], 1)), np.float32))
-        if arrays[2].shape[1:] != (1,):
-            raise ValueError(f"y must have shape ({shape[0]},), got {np.shape(y)}")
+        if labels:
+            arrays.append(self._packed(y, shape[0]))
+        else:
+            arrays.append(np.zeros((shape[0], self._steps.num_labels), np.float32))
         if sample_weight is not None:
             arrays.append(np.asarray(sample_weight, np.float32).reshape(-1))
         for name, array in zip(("y", "sample_weight"), arrays[2:], strict=False):
@@ -319,10 +332,27 @@ class ShardedDeepFM:
                 raise ValueError(f"{name} must have {shape[0]} samples, as x has, got {len(array)}")
         return arrays
 
+    def _packed(self, y, samples):
+        """Labels float32 [n, heads]."""
+        found = []
+        for head, some in zip(heads.of(self.template.plan.task), self._labels_by_head(y), strict=True):
+            some = np.asarray(some, np.float32)
+            some = some[:, np.newaxis] if some.ndim == 1 else some
+            name = "y" if head.name is None else f"y[{head.name!r}]"
+            if some.shape[1:] != (1,):
+                raise ValueError(f"{name} must have shape ({samples},), got {some.shape}")
+            if len(some) != samples:
+                raise ValueError(f"{name} must have {samples} samples, as x has, got {len(some)}")
+            found.append(some)
+        return np.concatenate(found, axis=1)
+
+    def _labels_by_head(self, y):
+        return labels_.by_head(self.template.plan.task, self.template._targets(y))
+
     def _feed(self, data, batch_size, shuffle=False, parts=1, whole=False):
         """(what gives batches to workers, their order in epochs or None)."""
         if isinstance(data, Stream):
-            return feeding.StreamParts(data, parts, labels_.rule(self.template.plan.task), whole), None
+            return feeding.StreamParts(data, parts, self.template.plan.task, whole), None
         length, batch_size = len(data[0]), positive("batch_size", batch_size)
         order = epochs_.EpochOrder(data, batch_size) if shuffle else None
         fill = [] if len(data) > 3 else [np.zeros(0, np.float32)]
@@ -361,7 +391,7 @@ class ShardedDeepFM:
             self._passing = steps
         with contextlib.closing(iter(steps)) as results:
             for _, found in results:
-                logs = self._counted(found[0], *found[1:].reshape(3 if weighted else 2, -1, 1))
+                logs = self._counted(found[0], found[1:], weighted)
                 if callbacks is not None:
                     callbacks.on_train_batch_begin(self.step)
                     self.step += 1
@@ -374,11 +404,18 @@ class ShardedDeepFM:
         _refuse_empty(feed)
         return {name: float(value) for name, value in logs.items()}
 
-    def _counted(self, loss, scores, labels, weights=None):
-        """Logs after one batch more."""
-        weights = None if weights is None else weights[:, 0]
-        self.template._loss_tracker.update_state(loss, sample_weight=len(scores))
-        return self.template.compute_metrics(None, tf.constant(labels), tf.constant(scores), weights)
+    def _counted(self, loss, found, weighted):
+        """Logs after one batch more, of what its step gave: scores [B, H], labels [B, heads] and maybe weights [B]."""
+        template, width, columns = self.template, self.template.plan.width, self._steps.num_labels
+        samples = len(found) // (width + columns + weighted)
+        scores, labels, weights = np.split(found, [samples * width, samples * (width + columns)])
+        template._loss_tracker.update_state(loss, sample_weight=samples)
+        labels = self._steps.unpacked(tf.constant(labels.reshape(samples, columns)))
+        scores = keras.tree.map_structure(tf.constant, self._by_head(scores))
+        weights = tf.constant(weights) if weighted else None
+        if isinstance(labels, dict):
+            template.compute_loss(None, labels, scores, weights, training=False)  # which adds up those of each head
+        return template.compute_metrics(None, labels, scores, weights)
 
     def _test(self, data, batch_size):
         feed, _ = self._feed(data, batch_size or EVALUATED_ROWS, parts=len(self.cluster.workers), whole=True)
@@ -584,6 +621,8 @@ def _class_weighted(arrays, class_weight):
     """Arrays whose samples have the weights of their classes, {label: weight} or None."""
     if class_weight is None:
         return arrays
+    if arrays[2].shape[1] > 1:
+        raise ValueError("class_weight is for one head: give sample_weight")
     if len(arrays) > 3:
         raise ValueError("class_weight and sample_weight exclude each other: give one of them")
     weights = [class_weight.get(int(label), 1.0) for label in arrays[2][:, 0]]

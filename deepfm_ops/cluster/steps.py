@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import _library
+from deepfm_ops import _library, heads
 from deepfm_ops.cluster import feeding
 from deepfm_ops.cluster.initializers import rows_of
 from deepfm_ops.cluster.tables import CHUNK, Table, is_wide, on_each, split
@@ -212,12 +212,26 @@ class Steps:
         with scope:
             scores = self.template((positions, values), training=training)
             if labels is not None:
-                loss = self.template.compute_loss(None, labels, scores, weights, training=training)
+                loss = self._loss(labels, scores, weights, training)
         if training:
             for variable in self.state:
                 if (value := scope.get_current_value(variable)) is not None:
                     variable.value.assign(value)
         return scores, loss
+
+    def _loss(self, labels, scores, weights, training):
+        with _untracked(self.template):
+            return self.template.compute_loss(None, self.unpacked(labels), scores, weights, training=training)
+
+    @property
+    def num_labels(self):
+        """Of a sample: one for each head."""
+        return len(heads.of(self.template.plan.task))
+
+    def unpacked(self, labels):
+        """[B, heads] as Keras takes them: {head: [B, 1]}, or of a model that predicts one thing as they are."""
+        task = self.template.plan.task
+        return {name: labels[:, i : i + 1] for i, name in enumerate(task)} if isinstance(task, dict) else labels
 
     def _train(self, pulled, values, labels, weights):
         _, local, rows, _ = pulled
@@ -255,7 +269,7 @@ class Steps:
         plan, clips = self.template.plan, [getattr(part, name) for part in self.parts for name in _CLIPS]
         is_fm = bool(plan.second_order) and plan.deep is None and set(self.source.field_sizes) == {1}
         is_fm = is_fm and {self.source.compute_dtype, *(table.dtype for table in self.tables)} == {"float32"}
-        return is_fm and len(self.servers) <= MOST_SUMS and not any(clips)
+        return is_fm and plan.width == 1 and len(self.servers) <= MOST_SUMS and not any(clips)
 
     def _pull_sums(self, indices, values):
         """(row splits, local indices and values of each part's pairs, sums [B, K], second and first order [B, 1])."""
@@ -313,7 +327,7 @@ class Steps:
         with tf.GradientTape() as tape:
             tape.watch(orders)
             scores = self.template.plan.head(orders)
-            loss = self.template.compute_loss(None, labels, scores, weights, training=True)
+            loss = self._loss(labels, scores, weights, True)
         found = tape.gradient(loss, [*orders, *(v.value for v in self.dense)])
         *of_linear, of_second = found[: len(orders)]
         message = tf.concat([sums, of_second, *of_linear], 1)
@@ -366,7 +380,8 @@ class Steps:
     def _of_batch(self, weighted):
         numbers = lambda *shape: tf.TensorSpec(shape, tf.float32)  # noqa: E731
         indices = tf.TensorSpec((None, self._columns), tf.int64)
-        return [indices, numbers(None, self._columns), numbers(None, 1), numbers(None if weighted else 0)]
+        labels = numbers(None, self.num_labels)
+        return [indices, numbers(None, self._columns), labels, numbers(None if weighted else 0)]
 
     def _pulled(self, what, indices, values):
         return self._pull_sums(indices, values) if what == SUMS else self._pull(indices, what == AVERAGES)
@@ -385,8 +400,8 @@ class Steps:
         def read(job, state):
             after, indices, values, labels = feeding.next_batch(job, state)
             indices, values = tf.reshape(indices, [-1, self._columns]), tf.reshape(values, [-1, self._columns])
-            needed = self._pulled(what, indices, values), values, tf.reshape(labels, [-1, 1]), tf.zeros([0])
-            return after, needed
+            labels = tf.reshape(labels, [-1, self.num_labels])
+            return after, (self._pulled(what, indices, values), values, labels, tf.zeros([0]))
 
         return read, [tf.TensorSpec((), tf.string)] * 2
 
@@ -403,6 +418,7 @@ class Steps:
                     scores, loss = train(pulled, values, labels, given)
             else:
                 scores, loss = self._forward(pulled, values, labels if kind == "test" else None, given, False)
+            scores = tf.concat(keras.tree.flatten(scores), 1)
             found = [scores] if kind == "predict" else [loss, scores, labels, weights]
             return tf.concat([tf.reshape(tf.cast(x, tf.float32), [-1]) for x in found], 0)
 
@@ -502,6 +518,18 @@ def _update_beside(optimizer):
     optimizer.update_step = update_step
     # Keras's reads it, adds and sets it: of two workers at once one would be lost.
     optimizer._iterations.assign_add = optimizer._iterations.value.assign_add
+
+
+@contextlib.contextmanager
+def _untracked(model):
+    """Inside, the losses of heads are not added up in Keras's metrics, which are the chief's."""
+    losses = model._compile_loss
+    kept = losses._metrics
+    losses._metrics = [None] * max(1, len(kept))
+    try:
+        yield
+    finally:
+        losses._metrics = kept
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ class _Reading:
     def __init__(self, features, source, on_bad):
         self._features, self.bad = features, Bad(on_bad)
         self.paths = paths.expand(source)
-        self.labels = None  # those of other tasks are told by the model
+        self.labels = {}  # those of other tasks are told by the model
 
     def fingerprint(self):
         return "; ".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self.paths)

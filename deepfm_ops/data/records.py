@@ -50,15 +50,15 @@ class Bad:
             _LOGGER.warning(summary)
 
 
-def bad_numbers(table, name, kind, nonfinite, labels=None):
+def bad_numbers(table, name, kind, nonfinite, labels):
     """(rows, function that says what is wrong with one) of the numbers of a column that cannot be used, or None.
 
     Args:
         table: with `spelled(name)`: (float64 [n], NaN where a cell is missing or no number, whether one is none).
         name: of the column.
-        kind: "numbers" or "label", which may not be missing.
+        kind: "numbers" or "label".
         nonfinite: "error" or "missing".
-        labels: (least, most, what others are), or None: all numbers are labels.
+        labels: {column: `heads.Rule`}; all numbers are labels of one that it does not have, and none may be missing.
 
     """
     numbers, has_others = table.spelled(name)
@@ -71,12 +71,12 @@ def bad_numbers(table, name, kind, nonfinite, labels=None):
         bad |= np.abs(numbers) > cells.LARGEST
     rule = cells.UNUSABLE
     if kind == "label":
-        bad |= numbers != numbers
         rule = "is no label: it must be a number, and cannot be missing"
-        if labels is not None:
-            least, most, said = labels
-            bad |= (numbers < least) | (numbers > most)
-            rule = f"is no label: it is {said}"
+        if (wanted := labels.get(name)) is None:
+            bad |= numbers != numbers
+        else:
+            bad |= ~(wanted.usable(numbers) | wanted.missing(numbers))
+            rule = f"is no label: it is {wanted.said}"
     if not bad.any():
         return None
 

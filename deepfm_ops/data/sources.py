@@ -49,12 +49,12 @@ class Reading:
     Attributes:
         files: `Files`, or None.
         bad: `Bad`.
-        labels: (least, most, what others are) where labels have to be between, or None.
+        labels: {column: `heads.Rule`} of labels, of which more is known than that they are numbers.
 
     """
 
     def __init__(self, source, needs, on_bad="error", nonfinite="error", dictionaries=False, entries=None):
-        self.entries, self.labels = entries or {}, None
+        self.entries, self.labels = entries or {}, {}
         self.needs, self.bad, self.nonfinite, self.dictionaries = needs, Bad(on_bad), nonfinite, dictionaries
         paths = isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike)
         if isinstance(source, str | os.PathLike) or paths:

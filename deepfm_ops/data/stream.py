@@ -18,13 +18,17 @@ import threading
 
 import numpy as np
 
+from deepfm_ops import heads
 from deepfm_ops.features.vocabulary import native
 
+SEVERAL = "tell the dictionary the columns of all heads, fit(..., label=[...])"
 FIXED = ("files", "features", "batch_size", "shuffle", "seed", "shard", "drop_remainder", "shuffle_rows")
 
 
 class Stream:
     """Batches ((indices, values), labels) of a source; `FeatureDictionary.stream` makes them.
+
+    Labels are float32 [B]; of several columns, {column: [B]}, NaN where a cell is missing.
 
     Keras's `fit`, `evaluate` and `predict` take it as it is; `dataset()` is a tf.data.Dataset. Iterating goes on from
     the position that `state` tells, and every pass has an order of its own.
@@ -40,7 +44,7 @@ class Stream:
         shard: (i, n): the i-th of n parts of the rows, without overlap: whole pieces where there are many, else every
             n-th row.
         drop_remainder: whether a last batch of fewer rows is left out.
-        labels: whether there are labels, in the column that `fit` was told; None: if it was told one.
+        labels: whether there are labels, in the columns that `fit` was told; None: if it was told one.
         on_bad: "error", or "skip", as for `FeatureDictionary.fit`; the log is told at the end of each pass.
         shuffle_rows: rows that are held in memory to be shuffled, 12 bytes a column.
         threads: that encode; None: half of the machine's cores, 4 at most.
@@ -112,9 +116,27 @@ class Stream:
     def num_skipped(self):
         return self._reading.bad.count
 
-    def check_labels(self, least, most, what):
-        """From now on a label of a file that is not between is a bad record, of which `what` is said."""
-        self._reading.labels = least, most, what
+    def check_labels(self, task):
+        """From now on a label of a file that is none of the task (see `heads`) is a bad record.
+
+        Raises:
+            ValueError: a head that has no column among the labels.
+
+        """
+        if not self.has_labels:
+            return
+        rules, label = {head.name: rule for head, rule in heads.rules(task)}, self.features.label
+        if not isinstance(label, list):
+            if len(rules) > 1:
+                raise ValueError(f"the stream has one column of labels, the model the heads {list(rules)}: {SEVERAL}")
+            rules = dict(zip([label], rules.values(), strict=True))
+        elif not isinstance(task, dict):
+            raise ValueError(
+                f"the stream has the labels {label}, and the model predicts one thing: make it with {{name: task}}"
+            )
+        elif unknown := [name for name in rules if name not in label]:
+            raise ValueError(f"the stream has no labels of the head {unknown[0]!r}, but of {label}: {SEVERAL}")
+        self._reading.labels |= rules
 
     # The position.
 
@@ -299,7 +321,12 @@ class Stream:
                         np.take(array, rows, axis=0, out=to[start:stop], mode="clip")  # others would be buffered
                 start = stop
             arrays = [*whole, *([np.concatenate([some[2][rows] for some, rows in parts])] if self.has_labels else [])]
-        return ((arrays[0], arrays[1]), arrays[2]) if self.has_labels else ((arrays[0], arrays[1]),)
+        return ((arrays[0], arrays[1]), self._labels(arrays[2])) if self.has_labels else ((arrays[0], arrays[1]),)
+
+    def _labels(self, found):
+        """What was read of labels, [B] or [B, columns], as a batch has it."""
+        names = self.features.label
+        return dict(zip(names, np.ascontiguousarray(found.T), strict=True)) if isinstance(names, list) else found
 
     def _pools(self, epoch, at):
         """((piece, chunk) of the first chunk, order or None, arrays, rows to skip) of each pool."""
@@ -417,7 +444,9 @@ class Stream:
 
         columns = self.features.num_columns
         inputs = (tf.TensorSpec((None, columns), tf.int64), tf.TensorSpec((None, columns), tf.float32))
-        signature = (inputs, tf.TensorSpec((None,), tf.float32)) if self.has_labels else (inputs,)
+        labels, names = tf.TensorSpec((None,), tf.float32), self.features.label
+        labels = dict.fromkeys(names, labels) if isinstance(names, list) else labels
+        signature = (inputs, labels) if self.has_labels else (inputs,)
         passes = itertools.count()
         batches = lambda: self.batches(next(passes))  # noqa: E731
         return tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(2)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments
+from deepfm_ops import arguments, heads
 from deepfm_ops.explanations import names
 from deepfm_ops.explanations.scored import is_raw, labels_of, matrices_of
 from deepfm_ops.explanations.terms import Side
@@ -26,7 +26,7 @@ class ModelSide(Side):
             raise TypeError(f"model must be a deepfm_ops.DeepFM or a deepfm_ops.scorer.Scorer, got {what}{hint}")
         model.show_averages()
         plan = self.plan = model.plan
-        self.model, self.task = model, plan.task
+        self.model, self.task = model, heads.only(plan.task, "explain takes").kind
         self.bias = float(np.reshape(_array(plan.head.bias), ()))
         parts = plan.tables
         if plan.inputs is not None:

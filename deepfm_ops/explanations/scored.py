@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from deepfm_ops import heads
 from deepfm_ops.explanations import names
 from deepfm_ops.explanations.terms import Side
 from deepfm_ops.features.tables import is_table
@@ -31,7 +32,7 @@ class ScorerSide(Side):
 
     def __init__(self, model, features=None):
         self.model = model
-        self.task, self.bias = model.info["task"], model.bias
+        self.task, self.bias = heads.only(model.task, "explain takes").kind, float(model.bias[0])
         if model.inputs is not None:
             if features is not None:
                 self.require(features)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from deepfm_ops import container
+from deepfm_ops import container, heads
 from deepfm_ops.features import cells, dictionary_file, dictionary_lists, dictionary_state
 from deepfm_ops.features.dictionary_state import MOST_COLUMNS, MOST_FIELDS, NONFINITE
 from deepfm_ops.features.fields import LONGEST, TRANSFORMS, Field, Learner
@@ -138,7 +138,8 @@ class FeatureDictionary:
                 "quantiles": one of 32 buckets of equally many numbers, each with an index.
             multivalued: name or names of columns of lists (ragged and sparse tensors too), or of strings to be split at
                 `separator`.
-            label: name of the column of labels, for `stream`.
+            label: name of the column of labels, for `stream`; or a list of names, those of a model's heads
+                (task={name: ...}), whose cells may be missing.
             separator: between the values of a multivalued string; None: blanks.
             hash_buckets: {name: buckets} of categorical or multivalued columns that shall have no vocabulary: a value's
                 index is its hash's (TensorFlow's to_hash_bucket_fast).
@@ -171,6 +172,7 @@ class FeatureDictionary:
         categorical = _names("categorical", categorical)
         categorical += [name for name in hash_buckets if name not in (*categorical, *multivalued)]
         names = [*categorical, *transforms, *multivalued]
+        label = _names("label", label) if isinstance(label, list | tuple) else label
         _check_names(names, label)
         lengths = max_length if isinstance(max_length, dict) else dict.fromkeys(multivalued, max_length)
         _check_options(transforms, multivalued, hash_buckets, lengths, weighted, separator)
@@ -301,7 +303,7 @@ class FeatureDictionary:
         """{column: what is read of it}: "text", "entries" or "numbers"; with the labels, if asked for."""
         kinds = {"categorical": "text", "multivalued": "entries", "numeric": "numbers"}
         found = {field.name: kinds[field.kind] for field in self.fields}
-        return found | ({self.label: "label"} if label else {})
+        return found | (dict.fromkeys(_labels(self.label), "label") if label else {})
 
     def entries(self, longest=None):
         """What `data.sources.Reading` has to know of the multi-valued columns; `longest`: where no max_length is."""
@@ -389,12 +391,18 @@ class FeatureDictionary:
         """The source as `data.sources.Reading`, with the labels if asked for."""
         from deepfm_ops.data import sources
 
-        return sources.Reading(source, self.needs(labels), on_bad, self.nonfinite, True, self.entries())
+        found = sources.Reading(source, self.needs(labels), on_bad, self.nonfinite, True, self.entries())
+        if isinstance(self.label, list):
+            found.labels = dict.fromkeys(self.label, heads.MAYBE)
+        return found
 
     def arrays(self, table, labels):
-        """[indices, values] of a table that was read, and float32 labels [rows] if asked for."""
+        """[indices, values] of a table that was read, and float32 labels [rows], or [rows, columns], if asked for."""
         found = list(self.encode_table(table)[:2])
-        return [*found, table.numbers(self.label).astype(np.float32)] if labels else found
+        if labels:
+            columns = [table.numbers(name).astype(np.float32) for name in _labels(self.label)]
+            found.append(np.stack(columns, axis=1) if isinstance(self.label, list) else columns[0])
+        return found
 
     def stream(self, source, batch_size, *, shuffle=False, seed=0, shard=(0, 1), **options):
         """Batches of a source of any size, for Keras's fit, evaluate and predict: see `data.stream.Stream`."""
@@ -587,12 +595,19 @@ def _names(kind, names):
     return [name.item() if isinstance(name, np.generic) else name for name in names]
 
 
+def _labels(label):
+    """The columns of labels."""
+    return label if isinstance(label, list) else [] if label is None else [label]
+
+
 def _check_names(names, label):
     if not names:
         raise ValueError("fit needs at least one column name")
     if len(names) > MOST_FIELDS:
         raise ValueError(f"at most {MOST_FIELDS} columns, got {len(names)}")
-    given = names if label is None else [*names, label]
+    if label == []:
+        raise ValueError("label must be None, a name, or a list of at least one")
+    given = [*names, *_labels(label)]
     repeated = sorted({name for name in given if given.count(name) > 1})
     if repeated:
         raise ValueError(f"columns named more than once: {repeated}")

@@ -53,7 +53,7 @@ def check(content, arrays):
         "keep_texts": lambda x: type(x) is bool,
         "sketch_bytes": lambda x: _maybe(x, 64, 1 << 40),
         "separator": lambda x: x is None or (isinstance(x, str) and bool(x.encode())),
-        "label": lambda x: x is None or _name(x),
+        "label": lambda x: x is None or _name(x) or (isinstance(x, list) and bool(x) and all(map(_name, x))),
         "num_samples": lambda x: _maybe(x, 0),
         "generation": lambda x: whole(x, 0, 2**31 - 1),
         "fields": lambda x: isinstance(x, list) and 0 < len(x) <= MOST_FIELDS,

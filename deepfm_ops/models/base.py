@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import warnings
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments, replicas
+from deepfm_ops import arguments, heads, replicas
 from deepfm_ops.combined import unscaled
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.models import epochs as epochs_
@@ -29,7 +30,8 @@ def clonable(model_class):
 
     @functools.wraps(make)
     def __init__(self, *args, **kwargs):
-        original = getattr(args[1], "_clone_of", None) if len(args) == 2 else None
+        outputs = keras.tree.flatten(args[1]) if len(args) == 2 else []
+        original = getattr(outputs[0], "_clone_of", None) if outputs else None
         if original is None:
             make(self, *args, **kwargs)
         else:
@@ -94,7 +96,8 @@ class ConfiguredModel(keras.Model):
             return result
 
         outputs = super()._run_through_graph(inputs, operation_fn=noted, call_fn=call_fn)
-        if clones and isinstance(outputs, keras.KerasTensor):
+        tensors = keras.tree.flatten(outputs)
+        if clones and all(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
             if not getattr(type(self).__init__, "is_clonable", False):
                 raise ValueError(
                     f"{type(self).__name__} has a constructor of its own, whose arguments a clone would lose: make "
@@ -107,7 +110,8 @@ class ConfiguredModel(keras.Model):
                     f"{what}, and {type(self).__name__} would not be what its arguments say: make another with other "
                     "arguments, or clone keras.Model(model.inputs, model.outputs), which is a plain functional model"
                 )
-            outputs._clone_of = (self, clones)
+            for tensor in tensors:
+                tensor._clone_of = (self, clones)
         return outputs
 
     def _become_clone(self, original, clones, inputs, outputs, name=None):
@@ -138,18 +142,22 @@ class ConfiguredModel(keras.Model):
         return keras.ops.convert_to_numpy(tf.gather(source.embeddings.value, rows))
 
     def weight(self, column, value=None):
-        """The first-order weight of a value of a column, a float, or those of all its values, [n]; see `embedding`."""
+        """The first-order weight of a value of a column, a float, or those of all its values, [n]; see `embedding`.
+
+        With several heads or classes, [H] and [n, H]: the weights of the heads in the order of their names.
+        """
         self.show_averages()
         dense = self._dense_weights(column)
         if dense is not None:
-            return dense
+            return dense[:, 0] if self.plan.width == 1 else dense
         parts = [*self.plan.first_orders, *(part for part in self.plan.lookups if part.linear)]
         found = self._rows(parts, column, value)
         if found is None:
             self._refuse(column, "first-order weight")
         source, rows = found
         table = source.embeddings if source.w is None else source.w  # max pooling has a table of one column
-        weights = keras.ops.convert_to_numpy(tf.gather(table.value, rows))[..., 0]
+        weights = keras.ops.convert_to_numpy(tf.gather(table.value, rows))
+        weights = weights[..., 0] if self.plan.width == 1 else weights
         return weights if weights.ndim else float(weights)
 
     def similar(self, column, value, k=10):
@@ -199,22 +207,25 @@ class ConfiguredModel(keras.Model):
 
     # Keras asks these for arrays, or for something it can iterate over.
 
-    def compile(self, optimizer=None, loss=None, *args, **kwargs):
+    def compile(self, optimizer=None, loss=None, loss_weights=None, *args, **kwargs):
         """Keras's `compile`; what is not given is what is recommended.
 
         Args:
             optimizer: None: `CombinedOptimizer` of LazyAdam at 3e-3 for the tables, faster for rows of rare features,
                 and at 5e-4 for the dense weights, with averages of all weights; `fit` on arrays then has batches of 64
                 (under 10,000 samples) to 1,024 (from 30,000 on), unless it is given another size.
-            loss: None: cross-entropy for task "binary", squared error for "regression".
+            loss: None: cross-entropy for tasks "binary" and "multiclass", squared error for "regression". Of a dict of
+                tasks a dict, too; the heads that it does not name have what is recommended.
+            loss_weights: of a dict of tasks: {head: what its loss is times in the sum}; 1 for those that it does not
+                name.
             *args: as Keras's.
             **kwargs: as Keras's.
 
         """
         with self._scope():
             optimizer = recipe.optimizer(self.trainable_variables) if optimizer is None else optimizer
-            loss = recipe.LOSS[self.plan.task] if loss is None else loss
-            super().compile(optimizer, loss, *args, **kwargs)
+            loss, loss_weights = recipe.losses(self.plan.task, loss), recipe.weights(self.plan.task, loss_weights)
+            super().compile(optimizer, loss, loss_weights, *args, **kwargs)
         if self._is_replicated:
             given = [part for part in keras.tree.flatten((args, kwargs)) if isinstance(part, keras.metrics.Metric)]
             for part in (self.optimizer, *given):
@@ -493,14 +504,14 @@ class ConfiguredModel(keras.Model):
             return super().evaluate(x, y, *options, **kwargs)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
-        """Keras's `predict`; no samples give no scores, [0, 1], instead of an error.
+        """Keras's `predict`; no samples give no scores, [0, 1] where a sample has one, instead of an error.
 
         Of several processes under MultiWorkerMirroredStrategy, each predicts all that it is given, by itself.
         """
         x = self._as_inputs(x)
         arrays = keras.tree.flatten(x) if isinstance(x, dict | list | tuple) else []
         if arrays and all(getattr(array, "shape", None) and array.shape[0] == 0 for array in arrays):
-            return np.zeros((0, 1), np.float32)
+            return heads.joined(self.plan.task, [np.zeros((0, x.shape[1]), np.float32) for x in self.outputs])
         with _streaming(self, x), self._apart():
             x = self._replicated(x, batch_size=batch_size, steps_per_epoch=steps)
             return super().predict(x, batch_size, verbose, steps, callbacks)
@@ -529,23 +540,50 @@ class ConfiguredModel(keras.Model):
             return super().predict_on_batch(self._as_inputs(x))
 
     def _targets(self, y):
-        """The labels as the model's scores are, [B, 1]; arrays once they are known to be ones a loss can use."""
-        if y is None or tf.is_tensor(y):
+        """The labels as the model's scores are, [B, 1] or a dict; arrays once it is known that a loss can use them."""
+        if y is None or any(map(tf.is_tensor, y.values() if isinstance(y, Mapping) else [y])):
             return y
-        y = labels.checked(self.plan.task, y)
-        return y.reshape(-1, 1) if y.ndim == 1 else y
+        return labels.checked(self.plan.task, y)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Keras's loss; raises InvalidArgumentError for labels and sample weights that make it NaN."""
-        y = _as_column(y)
+        """Keras's loss; raises InvalidArgumentError for labels and sample weights that make it NaN.
+
+        Of a dict of tasks, the loss of a head is that of the samples that have its label, and 0 where none has.
+        """
+        sample_weight = keras.tree.map_structure(_usable_weights, sample_weight)
+        if isinstance(self.plan.task, dict):
+            y, sample_weight = self._masked(y, sample_weight, training)
+            return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        (y,) = self._by_head(y)
         if tf.is_tensor(y) and (y.dtype.is_floating or y.dtype.is_integer):
-            y = self._checked_labels(y)
-        if tf.is_tensor(sample_weight) and sample_weight.dtype.is_floating:
-            sample_weight = arguments.usable("sample_weight", sample_weight, what="argument")
+            ((head, rule),) = heads.rules(self.plan.task)
+            y = _checked_labels(head, rule, y)
         loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
         if not training or replicas.others() is None or getattr(self.loss, "reduction", MEANS[0]) not in MEANS:
             return loss
         return self._of_all_samples(loss, tf.shape(y)[0])
+
+    def _by_head(self, y):
+        """[labels [B, 1] of each head]."""
+        return [_as_column(part) for part in labels.by_head(self.plan.task, y)]
+
+    def _masked(self, y, sample_weight, training):
+        """({head: labels}, {head: weights [B, 1]}): 0 where a label is missing, so that means are over those there."""
+        found, weights = {}, {}
+        for (head, rule), part in zip(heads.rules(self.plan.task), self._by_head(y), strict=True):
+            part = tf.cast(part, tf.float32)
+            is_there = tf.logical_not(rule.missing(part, tf.math.is_nan))
+            found[head.name] = tf.where(is_there, _checked_labels(head, rule, part), 0)
+            weight = tf.cast(is_there, tf.float32)
+            if getattr(self.loss[head.name], "reduction", MEANS[0]) in MEANS:
+                samples, there = tf.size(part), tf.math.count_nonzero(is_there)
+                if training:
+                    weight *= replicas.share(samples, replicas.total(there), weight.dtype)
+                else:
+                    weight *= tf.math.divide_no_nan(tf.cast(samples, weight.dtype), tf.cast(there, weight.dtype))
+            given = sample_weight[head.name] if isinstance(sample_weight, dict) else sample_weight
+            weights[head.name] = weight if given is None else weight * tf.cast(tf.reshape(given, (-1, 1)), weight.dtype)
+        return found, weights
 
     def _of_all_samples(self, loss, samples):
         """The loss of a replica with the gradient that makes the replicas' together that of the mean over a batch.
@@ -558,20 +596,38 @@ class ConfiguredModel(keras.Model):
         return learned + tf.stop_gradient(loss - learned)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Keras's metrics."""
-        return super().compute_metrics(x, _as_column(y), y_pred, sample_weight=sample_weight)
+        """Keras's metrics; of a dict of tasks, those of the samples that have the head's label."""
+        found = self._by_head(y)
+        if not isinstance(self.plan.task, dict):
+            return super().compute_metrics(x, found[0], y_pred, sample_weight=sample_weight)
+        there, weights = {}, {}
+        for (head, rule), part in zip(heads.rules(self.plan.task), found, strict=True):
+            rows = tf.where(~rule.missing(tf.cast(part, tf.float32), tf.math.is_nan)[:, 0])[:, 0]
+            of_head = lambda given, name=head.name: given[name] if isinstance(given, dict) else given  # noqa: E731
+            there[head.name] = tf.gather(part, rows), tf.gather(of_head(y_pred), rows)
+            given = of_head(sample_weight)
+            weights[head.name] = None if given is None else tf.gather(given, rows)
+        y, y_pred = ({name: pair[place] for name, pair in there.items()} for place in (0, 1))
+        return super().compute_metrics(x, y, y_pred, sample_weight=None if sample_weight is None else weights)
 
-    def _checked_labels(self, y):
-        flat = tf.reshape(y, [-1])
-        (low, high), numbers = labels.LIMITS[self.plan.task], tf.cast(flat, tf.float64)
-        fine = (numbers >= low) & (numbers <= high)  # NaN compares as false
 
-        def shown():
-            row = tf.argmin(tf.cast(fine, tf.int32))
-            return row, flat[row]
+def _usable_weights(weights):
+    if tf.is_tensor(weights) and weights.dtype.is_floating:
+        return arguments.usable("sample_weight", weights, what="argument")
+    return weights
 
-        with tf.control_dependencies(arguments.require(tf.reduce_all(fine), labels.BAD[self.plan.task], shown)):
-            return tf.identity(y)
+
+def _checked_labels(head, rule, y):
+    """Labels, a tensor, once they are known to be ones a loss can use, or missing where they may be."""
+    numbers = tf.cast(tf.reshape(y, [-1]), tf.float64)
+    fine = rule.usable(numbers, tf.math.floor) | rule.missing(numbers, tf.math.is_nan)
+
+    def shown():
+        row = tf.argmin(tf.cast(fine, tf.int32))
+        return row, tf.reshape(y, [-1])[row]
+
+    with tf.control_dependencies(arguments.require(tf.reduce_all(fine), labels.bad(head, rule), shown)):
+        return tf.identity(y)
 
 
 def refuse_beside_stream(**arguments):
@@ -597,7 +653,7 @@ def _streaming(model, *inputs):
         for stream in inputs:
             if isinstance(stream, Stream):
                 fitting(model, stream.features)
-                stream.check_labels(*labels.rule(model.plan.task))
+                stream.check_labels(model.plan.task)
                 stack.enter_context(stream.raising())
         if any(isinstance(x, Stream | replicated.Batches) and x.num_batches == 0 for x in inputs):
             stack.enter_context(warnings.catch_warnings())

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from deepfm_ops import heads
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import (
@@ -25,7 +26,7 @@ from deepfm_ops.features.tables import is_table, require_columns
 from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models import recipe
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable
-from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, seed_for, with_changes
+from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, second_order, seed_for, with_changes
 from deepfm_ops.models.penalties import Penalties, l2_regularizer
 from deepfm_ops.plan import Lookup, Plan
 
@@ -51,7 +52,7 @@ class ColumnDeepFM(ConfiguredModel):
         dnn_dropout: rate after each hidden layer.
         dnn_activation: of the hidden layers.
         dnn_use_bn: normalize before each activation.
-        task: "binary" or "regression".
+        task: "binary", "regression", ("multiclass", classes), or a dict of names to these; see `DeepFM`.
         use_linear, use_fm, use_deep: which parts there are.
         l2_scope: what l2_reg_linear and l2_reg_embedding act on: "batch", or "table" for whole tables as in DeepCTR;
             see `DeepFM`.
@@ -65,7 +66,7 @@ class ColumnDeepFM(ConfiguredModel):
             `get_feature_names`; keys that the model does not need are ignored.
 
     Returns:
-        [B, 1] float32.
+        [B, 1] float32, of "multiclass" [B, classes]; of a dict of tasks a dict of them.
 
     Raises:
         ValueError, TypeError: columns or arguments that do not fit.
@@ -113,6 +114,7 @@ class ColumnDeepFM(ConfiguredModel):
             encoding.check_shared(columns)
         if not specs:
             raise ValueError("the model needs at least one feature column in a part that is in use")
+        task = heads.plain(task)
         config = {
             "linear_feature_columns": [encoding.column_to_config(column) for column in linear],
             "dnn_feature_columns": [encoding.column_to_config(column) for column in dnn],
@@ -149,7 +151,7 @@ class ColumnDeepFM(ConfiguredModel):
             embeddings, groups, first_orders = _embeddings(dnn, fused, penalties, seed, backend, encode, plan)
             parts += first_orders
             if use_fm:
-                parts += _second_order(embeddings, groups, fm_group, plan)
+                parts += _second_order(embeddings, groups, fm_group, plan, seed)
             dense = [column for column in dnn if isinstance(column, DenseFeat)]
             if use_deep and dnn:
                 deep = [keras.layers.Flatten()(tensor) for tensor, _ in embeddings]
@@ -277,7 +279,7 @@ class ColumnDeepFM(ConfiguredModel):
         first = 0
         for dense in self.plan.linear_dense:
             if dense.name == column:
-                return keras.ops.convert_to_numpy(self.plan.linear_kernel.kernel)[first : first + dense.dimension, 0]
+                return keras.ops.convert_to_numpy(self.plan.linear_kernel.kernel)[first : first + dense.dimension]
             first += dense.dimension
         return None
 
@@ -410,7 +412,7 @@ def _linear_parts(inputs, columns, fused, penalties, seed, backend, encode, plan
         if any(map(_is_max, members)):
             layer = FMInteraction(
                 table.num_rows,
-                1,
+                plan.width,
                 return_embeddings=True,
                 embeddings_initializer="zeros",
                 **penalties.over(table.num_rows).of_weights_in_a_table(),
@@ -419,7 +421,8 @@ def _linear_parts(inputs, columns, fused, penalties, seed, backend, encode, plan
             weights, _ = layer((indices, values))
             parts.append(Sum()(_pooled(weights, mask, members, table)))
         else:
-            layer = FirstOrder(table.num_rows, **penalties.over(table.num_rows).of_weights(), **shared)
+            options = {**penalties.over(table.num_rows).of_weights(), "units": plan.width}
+            layer = FirstOrder(table.num_rows, **options, **shared)
             parts.append(layer((indices, values)))
         plan.first_orders.append(Lookup(layer, table.field_sizes, True, encoder, _spans(members)))
     dense = [column for column in columns if isinstance(column, DenseFeat)]
@@ -428,7 +431,7 @@ def _linear_parts(inputs, columns, fused, penalties, seed, backend, encode, plan
         initializer = keras.initializers.GlorotNormal(seed_for(seed, 5))
         plan.linear_dense = dense
         kernel = keras.layers.Dense(
-            1,
+            plan.width,
             use_bias=False,
             kernel_initializer=initializer,
             kernel_regularizer=l2_regularizer(penalties.l2_linear),
@@ -443,8 +446,8 @@ def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
     """The lookups.
 
     Returns:
-        [(embeddings [B, F, K], interaction [B, 1] of all of them or None)], {group: [(table, field)]} and the
-        first orders [B, 1] of the tables in `fused`.
+        [(embeddings [B, F, K], interaction of all of them or None)], {group: [(table, field)]} and the first orders
+        [B, H] of the tables in `fused`.
 
     """
     found, groups, first_orders = [], {}, []
@@ -458,6 +461,8 @@ def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
             dim,
             use_linear=use_linear,
             linear_apart=use_linear,
+            linear_units=plan.width if use_linear else 1,
+            output=_kind(plan),
             return_embeddings=True,
             embeddings_initializer=encoding.table_initializer(table, initializer),
             **penalties.over(table.num_rows).of_table(use_linear),
@@ -479,7 +484,11 @@ def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
     return found, groups, first_orders
 
 
-def _second_order(embeddings, groups, fm_group, plan):
+def _kind(plan):
+    return "vector" if plan.width > 1 else "scalar"
+
+
+def _second_order(embeddings, groups, fm_group, plan, seed):
     """The second order of each group: from the op where the group is a whole table, else from the embeddings."""
     parts = []
     unknown = [group for group in fm_group if group not in groups and group != DEFAULT_GROUP_NAME]
@@ -494,12 +503,12 @@ def _second_order(embeddings, groups, fm_group, plan):
         if len(tables) == 1:
             tensor, interaction = embeddings[tables[0]]
             if interaction is not None and len(members) == tensor.shape[1]:
-                parts.append(interaction)
+                parts.append(second_order(interaction, plan, seed))
                 plan.second_order.append(tables[0])
                 continue
         if len(members) > 1:
             chosen = [Fields([f for t, f in members if t == table])(embeddings[table][0]) for table in tables]
             tensor = keras.layers.Concatenate(axis=1)(chosen) if len(chosen) > 1 else chosen[0]
-            parts.append(BiInteraction()(tensor))
+            parts.append(second_order(BiInteraction(_kind(plan))(tensor), plan, seed))
             plan.second_order.append(members)
     return parts

@@ -1,29 +1,55 @@
 """What labels may be: numbers that make no loss NaN or senseless."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-# What labels are between: of regression, float32 holds the squares.
-LIMITS = {"binary": (0.0, 1.0), "regression": (-(2.0**63), 2.0**63)}
-BAD = {
-    "binary": "labels[{}] = {} is not in [0, 1], as task 'binary' needs it: map -1 and +1 by (labels + 1) / 2, other "
-    "numbers by a threshold (labels > 3), or use task 'regression'",
-    "regression": "labels[{}] = {} is not finite, or too large to be squared: drop the sample, or mend it",
-}
+from deepfm_ops import heads
+from deepfm_ops.features.tables import column_names, is_table
 
 
-def rule(task):
-    """What `Stream.check_labels` takes."""
-    return *LIMITS[task], BAD[task].split(" is ", 1)[1]
+def bad(head, wanted):
+    """What is said of a label that cannot be used, with a {} for its position and one for itself."""
+    return f"{head.of_labels}[{{}}] = {{}} is {wanted.said}"
 
 
-def checked(task, labels):
-    """The labels as an array of numbers.
+def by_head(task, y):
+    """[labels] of each head, out of what holds those of all.
 
     Raises:
-        ValueError: one that makes a loss NaN or senseless, by its position.
+        ValueError, TypeError: no labels of a head, or labels that do not say which head's they are.
+
+    """
+    found = heads.of(task)
+    if not isinstance(task, dict):
+        if isinstance(y, Mapping):
+            raise TypeError(f"labels must be an array, as the model predicts one thing, got a dict of {list(y)}")
+        return [y]
+    if not isinstance(y, Mapping) and not is_table(y):
+        if len(found) > 1:
+            raise TypeError(f"labels must be a dict with an array for each of {list(task)}, got {type(y).__name__}")
+        return [y]
+    known = y if isinstance(y, Mapping) else column_names(y)
+    missing = [name for name in task if name not in known]
+    if missing:
+        raise ValueError(f"labels must have {missing[0]!r}, a head of the model: NaN where a sample has no label")
+    return [y[name] for name in task]
+
+
+def checked(task, y):
+    """The labels as the model takes them: [B, 1] of its only output, or a dict of them.
+
+    Raises:
+        ValueError: one that makes a loss NaN or senseless, by its position; a shape that is not [B] or [B, 1].
         TypeError: labels that are no numbers.
 
     """
+    return heads.joined(
+        task, [_checked(*of, some) for of, some in zip(heads.rules(task), by_head(task, y), strict=True)]
+    )
+
+
+def _checked(head, wanted, labels):
     array = np.asarray(labels)
     if array.dtype.kind not in "iufb":
         try:
@@ -31,10 +57,15 @@ def checked(task, labels):
         except (TypeError, ValueError):
             array = None
         if array is None:
-            raise TypeError(f"labels must be numbers, got dtype {np.asarray(labels).dtype}")
-    (low, high), flat = LIMITS[task], array.reshape(-1)
-    good = (flat >= low) & (flat <= high)
+            raise TypeError(f"{head.of_labels} must be numbers, got dtype {np.asarray(labels).dtype}")
+    if (wanted.whole or wanted.may_miss) and array.shape[1:] not in ((), (1,)):
+        raise ValueError(f"{head.of_labels} must have shape [B] or [B, 1], got {array.shape}")
+    flat = array.reshape(-1)
+    good = wanted.usable(flat)
+    if not good.all():
+        good |= wanted.missing(flat)
     if not good.all():
         first = int(np.argmin(good))
-        raise ValueError(BAD[task].format(first, flat[first]))
-    return array.astype(np.float32) if array.dtype.kind == "b" else array
+        raise ValueError(bad(head, wanted).format(first, flat[first]))
+    array = array.astype(np.float32) if array.dtype.kind == "b" else array
+    return array.reshape(-1, 1) if array.ndim == 1 else array

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments
+from deepfm_ops import arguments, heads
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.features.vocabulary import NO_TEXT
@@ -15,7 +15,7 @@ from deepfm_ops.layers import FirstOrder, FMInteraction, positive
 from deepfm_ops.models import recipe, resizing
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models.columns import ColumnDeepFM
-from deepfm_ops.models.parts import Head, mlp, seed_for
+from deepfm_ops.models.parts import Head, mlp, second_order, seed_for
 from deepfm_ops.models.penalties import Penalties
 from deepfm_ops.plan import Lookup, Plan
 
@@ -39,7 +39,8 @@ class DeepFM(ConfiguredModel):
         dropout: rate after each hidden layer.
         activation: of the hidden layers.
         batch_norm: normalize before each activation.
-        task: "binary" (a probability) or "regression" (the plain sum).
+        task: "binary" (a probability), "regression" (the plain sum) or ("multiclass", classes) (a probability of each);
+            or a dict of names to these: heads that share the tables, see docs/heads.md.
         seed: int for repeatable initial weights and dropout, or None.
         embeddings_initializer: of the table; None: normal with a deviation of 0.01.
         l2_linear, l2_embedding, l2_deep: strengths of L2 penalties on the first-order weights, the table
@@ -62,7 +63,7 @@ class DeepFM(ConfiguredModel):
         inputs: (indices int64 [B, P], values float32 [B, P]).
 
     Returns:
-        [B, 1] float32.
+        [B, 1] float32, of "multiclass" [B, classes]; of a dict of tasks a dict of them.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -127,6 +128,7 @@ class DeepFM(ConfiguredModel):
             feature_counts = counts.checked(feature_counts, positive("num_features", num_features))
         priors = (embedding_prior, linear_prior, feature_counts, num_samples)
         penalties = Penalties(l2_scope, l2_embedding, l2_linear, *priors).checked()
+        task = heads.plain(task)
         config = {
             "num_features": num_features,
             "num_fields": num_fields,
@@ -167,18 +169,21 @@ class DeepFM(ConfiguredModel):
                     embedding_dim,
                     use_linear=use_linear,
                     linear_apart=use_linear,
+                    linear_units=plan.width if use_linear else 1,
+                    output="vector" if plan.width > 1 else "scalar",
                     return_embeddings=True,
                     embeddings_initializer=embeddings_initializer,
                     **penalties.of_table(),
                     name="fm",
                     **shared,
                 )
-                embeddings, second_order, *linear = fm(inputs)
+                embeddings, interaction, *linear = fm(inputs)
                 plan.lookups.append(Lookup(fm, sizes, use_linear))
-                parts += [*linear, second_order] if use_fm else linear
+                parts += [*linear, second_order(interaction, plan, seed)] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
             else:
-                first_order = FirstOrder(num_features, **penalties.of_weights(), name="first_order", **shared)
+                options = {**penalties.of_weights(), "units": plan.width}
+                first_order = FirstOrder(num_features, **options, name="first_order", **shared)
                 plan.first_orders.append(Lookup(first_order, sizes))
                 parts.append(first_order(inputs))
             if use_deep:

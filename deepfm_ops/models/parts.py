@@ -3,68 +3,128 @@
 import keras
 import tensorflow as tf
 
+from deepfm_ops import heads
 from deepfm_ops.models.penalties import l2_regularizer
-
-TASKS = ("binary", "regression")
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
 class Head(keras.layers.Layer):
-    """Adds the parts of a model to a bias and, for "binary", applies the sigmoid, in float32.
+    """Adds the parts of a model to a bias and makes each head's output of its numbers, in float32.
 
     Args:
-        task: "binary" or "regression".
+        task: see `heads`; H numbers a sample in all.
 
     Call arguments:
-        inputs: list of [B, 1].
+        inputs: list of [B, H].
 
     Returns:
-        [B, 1] float32: a probability, or the plain sum.
+        [B, 1] float32, a probability ("binary") or the plain sum ("regression"), or [B, C], those of the classes; of a
+        dict of tasks {name: one of these}.
 
     """
 
     def __init__(self, task="binary", **kwargs):
         super().__init__(autocast=False, **kwargs)
-        if task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-        self.task = task
+        self.task = heads.plain(task)
 
     def build(self, input_shape=None):
-        self.bias = self.add_weight(name="bias", shape=(1,), initializer="zeros", autocast=False)
+        self.bias = self.add_weight(name="bias", shape=(heads.width(self.task),), initializer="zeros", autocast=False)
 
     def call(self, inputs):
         logits = tf.add_n([tf.cast(x, tf.float32) for x in inputs]) + tf.cast(self.bias, tf.float32)
-        # Keras's cross-entropy takes the logits back from this sigmoid, so nothing may follow it.
-        return keras.activations.sigmoid(logits) if self.task == "binary" else logits
+        # Keras's cross-entropies take the logits back from what makes probabilities, so nothing may follow it.
+        return heads.joined(self.task, [OUTPUT[head.kind](x) for head, x in heads.split(self.task, logits)])
 
     def compute_output_spec(self, inputs):
-        return keras.KerasTensor((inputs[0].shape[0], 1), "float32")
+        batch = inputs[0].shape[0]
+        specs = [keras.KerasTensor((batch, head.width), "float32") for head in heads.of(self.task)]
+        return heads.joined(self.task, specs)
 
     def get_config(self):
         return {**super().get_config(), "task": self.task}
+
+
+OUTPUT = {
+    "binary": keras.activations.sigmoid,
+    "regression": keras.activations.linear,
+    "multiclass": keras.activations.softmax,
+}
+
+
+@keras.saving.register_keras_serializable("deepfm_ops")
+class Projection(keras.layers.Layer):
+    """The second order of each of several heads: their sums of a bi-interaction's elements, each with weights.
+
+    Ones at first for a head of one number, which so starts as a plain factorization machine. Classes start with normal
+    weights of deviation 1: with ones they would all have the same number, which a softmax does not see.
+
+    Args:
+        task: see `heads`; H numbers a sample in all.
+        seed: int for repeatable weights, or None.
+
+    Call arguments:
+        vector: [B, K].
+
+    Returns:
+        [B, H].
+
+    """
+
+    def __init__(self, task, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.task, self.seed = heads.plain(task), seed
+
+    def build(self, input_shape):
+        def initial(shape, dtype):
+            normal = keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)(shape, dtype)
+            is_class = [head.kind == "multiclass" for head in heads.of(self.task) for _ in range(head.width)]
+            return tf.where(is_class, normal, tf.ones(shape, dtype))
+
+        self.kernel = self.add_weight(
+            name="kernel", shape=(input_shape[-1], heads.width(self.task)), initializer=initial
+        )
+
+    def call(self, vector):
+        return tf.matmul(vector, self.kernel)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], heads.width(self.task))
+
+    def get_config(self):
+        return {**super().get_config(), "task": self.task, "seed": self.seed}
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
 class BiInteraction(keras.layers.Layer):
     """The second-order term of embeddings that are there already.
 
+    Args:
+        output: "scalar" or "vector".
+
     Call arguments:
         embeddings: [B, F, K].
 
     Returns:
-        [B, 1], the sum over pairs of fields of their inner products.
+        [B, 1], the sum over pairs of fields of their inner products; or [B, K], those of their elementwise products.
 
     """
+
+    def __init__(self, output="scalar", **kwargs):
+        super().__init__(**kwargs)
+        self.output_kind = output
 
     def build(self, input_shape=None):
         pass
 
     def call(self, embeddings):
         pairs = tf.square(tf.reduce_sum(embeddings, axis=1)) - tf.reduce_sum(tf.square(embeddings), axis=1)
-        return 0.5 * tf.reduce_sum(pairs, axis=1, keepdims=True)
+        return 0.5 * (tf.reduce_sum(pairs, axis=1, keepdims=True) if self.output_kind == "scalar" else pairs)
 
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], 1)
+        return (input_shape[0], 1 if self.output_kind == "scalar" else input_shape[2])
+
+    def get_config(self):
+        return {**super().get_config(), "output": self.output_kind}
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")
@@ -117,8 +177,17 @@ def with_changes(layer, changes):
     return type(layer).from_config({**layer.get_config(), **changes[layer.name]})
 
 
+def second_order(x, plan, seed):
+    """The second order of the heads, [B, H], of an interaction that is a scalar for one number and else a vector."""
+    if plan.width == 1:
+        return x
+    layer = Projection(plan.task, seed_for(seed, 4), name=f"second_order_{len(plan.projections)}")
+    plan.projections.append(layer)
+    return layer(x)
+
+
 def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed, changes):
-    """The deep part: [B, n] to [B, 1]; it is entered in the plan."""
+    """The deep part: [B, n] to [B, H]; it is entered in the plan."""
     plan.activation = activation if isinstance(activation, str) else keras.activations.serialize(activation)
     # Of a batch that replicas share, over all of it: a replica by itself would have statistics of its own, and of no
     # samples none.
@@ -136,5 +205,6 @@ def mlp(x, plan, hidden_units, activation, dropout, batch_norm, l2, seed, change
         if dropout:
             x = keras.layers.Dropout(dropout, seed=seed_for(seed, 100 + i), name=f"dropout_{i}")(x)
     last = keras.initializers.GlorotNormal(seed_for(seed, 10 + len(hidden_units)))
-    plan.deep = with_changes(keras.layers.Dense(1, use_bias=False, kernel_initializer=last, name="deep"), changes)
+    plan.deep = keras.layers.Dense(plan.width, use_bias=False, kernel_initializer=last, name="deep")
+    plan.deep = with_changes(plan.deep, changes)
     return plan.deep(x)

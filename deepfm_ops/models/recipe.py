@@ -2,13 +2,45 @@
 
 import math
 
+from deepfm_ops import heads
 from deepfm_ops.combined import CombinedOptimizer, unscaled
 from deepfm_ops.optimizers import LazyAdam
 
 HIDDEN_UNITS = (256, 128)
 EMBEDDING_PRIOR, LINEAR_PRIOR = 0.05, 0.3  # deviations
-LOSS = {"binary": "binary_crossentropy", "regression": "mean_squared_error"}
+LOSS = {
+    "binary": "binary_crossentropy",
+    "regression": "mean_squared_error",
+    "multiclass": "sparse_categorical_crossentropy",
+}
 NAME = "recommended"
+
+
+def losses(task, given=None):
+    """The loss of a task, {head: loss} where it is a dict; `given`: what a caller has said of it.
+
+    Raises:
+        ValueError: losses of heads that are not there.
+
+    """
+    found = [LOSS[head.kind] for head in heads.of(task)]
+    if isinstance(task, dict):
+        return _by_head("loss", task, given, found)
+    return found[0] if given is None else given
+
+
+def weights(task, given):
+    """`loss_weights` as Keras takes them, 1 for heads of which nothing was said."""
+    return _by_head("loss_weights", task, given, [1.0] * len(task)) if given and isinstance(task, dict) else given
+
+
+def _by_head(argument, task, given, otherwise):
+    if not isinstance(given, dict):
+        given = {} if given is None else dict.fromkeys(task, given)
+    unknown = [name for name in given if name not in task]
+    if unknown:
+        raise ValueError(f"{argument} has {unknown[0]!r}, which is no head of the model: it has {list(task)}")
+    return dict(zip(task, otherwise, strict=True)) | given
 
 
 def optimizer(variables=(), rate=1.0):

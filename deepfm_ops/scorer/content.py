@@ -6,6 +6,7 @@ Arrays are known by dtype and shape alone, their numbers may be any.
 import math
 import re
 
+from deepfm_ops import heads
 from deepfm_ops.features.columns import COMBINERS, input_specs
 from deepfm_ops.features.columns_numpy import ColumnEncoder
 from deepfm_ops.features.dictionary import FeatureDictionary
@@ -72,33 +73,37 @@ def checked(manifest, arrays, activations):
         vocabulary = {n.removeprefix("features_"): arrays[n] for n in arrays if n.startswith("features_")}
         features = FeatureDictionary.from_state(state, vocabulary)
     _check_info(info, inputs, features)
+    numbers = heads.width(info["task"])
     tables = _Tables(arrays, encoders, info)
     for number, part in enumerate(first_orders):
         dim, _ = tables.check(f"first order {number}", part)
-        _require(dim == 1, f"first order {number} must have a table of one column")
+        _require(dim == numbers, f"first order {number} must have a table of {numbers} columns")
     shapes = [tables.check(f"lookup {number}", part) for number, part in enumerate(lookups)]
     _require(inputs is not None or shapes or first_orders, "a model of indices must have a table")
     width = sum(dim * fields for dim, fields in shapes)
     _require(width <= MOST_NUMBERS, f"a sample's embeddings have {width:,} numbers, {MOST_NUMBERS:,} are the most")
-    for group in second_order:
-        _check_group(group, shapes, inputs is None)
-    _shape(arrays, "bias", "float32", (1,))
+    for number, group in enumerate(second_order):
+        dim = _check_group(group, shapes, inputs is None)
+        if numbers > 1:
+            _shape(arrays, f"second_order_{number}", "float32", (dim, numbers))
+    _shape(arrays, "bias", "float32", (numbers,))
     if linear_dense:
-        _shape(arrays, "linear_kernel", "float32", (_dense("linear_dense", linear_dense, inputs), 1))
+        _shape(arrays, "linear_kernel", "float32", (_dense("linear_dense", linear_dense, inputs), numbers))
     if "deep" in arrays:
-        _check_deep(
-            arrays, width + _dense("deep_dense", deep_dense, inputs), num_hidden, plan.get("activation"), activations
-        )
+        width += _dense("deep_dense", deep_dense, inputs)
+        _check_deep(arrays, width, num_hidden, plan.get("activation"), activations, numbers)
     _require("deep" in arrays or num_hidden == 0, "hidden layers end in an array 'deep'")
-    linear = any(part["weights"] is not None or arrays[part["table"]].dtype == "u1" for part in lookups)
+    held = numbers == 1  # by the rows of int8 themselves
+    linear = any(part["weights"] is not None or (held and arrays[part["table"]].dtype == "u1") for part in lookups)
     _require(first_orders or second_order or linear_dense or linear or "deep" in arrays, "nothing is added up")
     return encoders, features
 
 
 def _check_info(info, inputs, features):
-    kinds = {"task": str, "table": str, "inputs": str, "kinds": dict}
+    kinds = {"task": (str, list, dict), "table": str, "inputs": str, "kinds": dict}
     task, table, form, kinds = _need("info", info, kinds)
-    _require(task in ("binary", "regression") and table in TABLES, f"info has task {task[:50]!r}, table {table[:50]!r}")
+    _require(table in TABLES, f"info has table {table[:50]!r}")
+    _require(heads.plain(task) == task, f"info has task {task!r:.100}")
     sizes = info.get("num_features"), info.get("num_columns")
     if inputs is not None:
         expected, wanted = "columns", {name: kind for name, (_, kind) in inputs.items()}
@@ -190,9 +195,13 @@ class _Tables:
         name, weights, encoder, spans, sizes = _need(owner, part, kinds | {"field_sizes": list})
         rows, dim = _rows(self._arrays, name)
         if weights is not None:
-            dtype = str(self._arrays[name].dtype)
-            _require(dtype != "uint8", f"{owner} has weights beside int8, which holds them")
-            _shape(self._arrays, weights, dtype, (rows, 1))
+            dtype, numbers = str(self._arrays[name].dtype), heads.width(self._info["task"])
+            if numbers > 1:
+                found = _rows(self._arrays, weights)
+                _require(found == (rows, numbers), f"the weights of {owner} must be {(rows, numbers)}, got {found}")
+            else:
+                _require(dtype != "uint8", f"{owner} has weights beside int8, which holds them")
+                _shape(self._arrays, weights, dtype, (rows, 1))
         good = 0 < len(sizes) <= MOST_COLUMNS and all(whole(size, 1, MOST_COLUMNS) for size in sizes)
         _require(good, f"{owner} cannot have field_sizes {sizes!r:.100}")
         if self._info["inputs"] == "columns":
@@ -212,15 +221,16 @@ class _Tables:
 
 
 def _check_group(group, shapes, of_matrices):
-    """A part of the second order: the number of a lookup, or (lookup, field) pairs of one width."""
+    """The width of a part of the second order: the number of a lookup, or (lookup, field) pairs of one width."""
     if isinstance(group, list) and group and not of_matrices:
         pairs = [tuple(pair) for pair in group if isinstance(pair, list) and len(pair) == 2]
         good = len(pairs) == len(group) and all(whole(table, 0, len(shapes) - 1) for table, _ in pairs)
         good = good and all(whole(field, 0, shapes[table][1] - 1) for table, field in pairs)
         good = good and len(set(pairs)) == len(pairs) and len({shapes[table][0] for table, _ in pairs}) == 1
     else:
-        good = whole(group, 0, len(shapes) - 1)
+        good, pairs = whole(group, 0, len(shapes) - 1), [(group, 0)]
     _require(good, f"there is no second order {group!r:.100}")
+    return shapes[pairs[0][0]][0]
 
 
 def _dense(owner, names, inputs):
@@ -231,7 +241,7 @@ def _dense(owner, names, inputs):
     return sum(math.prod(shape) for shape, _ in specs)
 
 
-def _check_deep(arrays, width, num_hidden, activation, activations):
+def _check_deep(arrays, width, num_hidden, activation, activations, numbers):
     _require(0 <= num_hidden <= len(arrays), f"there are no {num_hidden!r:.50} hidden layers")
     known = isinstance(activation, str) and activation in activations
     _require(known or not num_hidden, f"there is no activation {activation!r:.50}")
@@ -240,4 +250,4 @@ def _check_deep(arrays, width, num_hidden, activation, activations):
         _require(rows == width and arrays[f"kernel_{i}"].dtype != "uint16", f"kernel_{i} must have {width} rows")
         _shape(arrays, f"bias_{i}", "float32", (units,))
         width = units
-    _shape(arrays, "deep", "float32", (width, 1))
+    _shape(arrays, "deep", "float32", (width, numbers))

@@ -120,6 +120,7 @@ def described(model, table, features=None, num_features=None):
     for name in ("linear_kernel", "deep"):
         if getattr(plan, name) is not None:
             arrays[name] = _kernel(getattr(plan, name))
+    arrays |= {f"second_order_{number}": _kernel(layer) for number, layer in enumerate(plan.projections)}
     arrays["bias"] = _array(plan.head.bias)
     names = {name: stored(name, *parts, table) for name, parts in _sources(plan).items()}
     content = {

@@ -10,7 +10,8 @@ threads compute side by side. The manifest has
 
     info      what `Scorer.info` shows
     plan      a `deepfm_ops.plan.Plan`, with the names of arrays for sources: of each lookup "table" and "weights"; of
-              hidden layer i kernel_i and bias_i; linear_kernel, deep and bias
+              hidden layer i kernel_i and bias_i; of second order i, where there are several heads or classes,
+              second_order_i; linear_kernel, deep and bias
     features  `FeatureDictionary.state`, or null; its arrays are called "features_..." here
     shards    {"name": ..., "digests": [...]} of a file whose tables are in N others beside it; else it is not there
 
@@ -37,8 +38,9 @@ from deepfm_ops.files import replacing
 from deepfm_ops.scorer.rows import Sharded
 
 FORMAT = 2  # of a file that has no shards
-NEWEST = 3  # of one that has them, and of each shard
-READABLE = (1, 2, 3)  # 1: features are lists in the manifest
+SHARDED = 3  # of one that has them, and of each shard
+NEWEST = 4  # of one of several heads, or of classes
+READABLE = (1, 2, 3, 4)  # 1: features are lists in the manifest
 LARGEST_MANIFEST = 1 << 24  # bytes, from format 2 on, where arrays hold what is long
 MOST_SHARDS = 1 << 12
 _READS = 8  # of a file that is replaced again and again while its shards are opened
@@ -132,7 +134,8 @@ def write(path, manifest, arrays, digests=()):
     if digests:
         manifest = {**manifest, "shards": {"name": path.name, "digests": list(digests)}}
     with replacing(path) as fresh:
-        _write(fresh, manifest, arrays, NEWEST if digests else FORMAT)
+        several = not isinstance(manifest.get("info", {}).get("task", ""), str)
+        _write(fresh, manifest, arrays, NEWEST if several else SHARDED if digests else FORMAT)
         before = _shards_in_use(path)
     for shard in before - shards:
         shard.unlink(missing_ok=True)
@@ -157,7 +160,7 @@ def write_shard(path, index, count, arrays):
     path = pathlib.Path(os.path.realpath(path))
     draft = path.with_name(f"{path.name}-{index:05}-of-{count:05}.{os.getpid()}-{secrets.token_hex(4)}.new")
     try:
-        digest = _write(draft, {"shard": {"index": index, "count": count}}, arrays, NEWEST)
+        digest = _write(draft, {"shard": {"index": index, "count": count}}, arrays, SHARDED)
         if path.exists():
             shutil.copymode(path, draft)
         with replacing(shard_path(path, index, count, digest)) as fresh:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from deepfm_ops import forks
+from deepfm_ops import forks, heads
 from deepfm_ops.features.tables import Table, column_names, is_plain
 from deepfm_ops.scorer import file
 from deepfm_ops.scorer.file import ScorerFileError
@@ -58,6 +58,7 @@ class Items:
     """
 
     def __init__(self, model, inputs, key):
+        heads.only(model.task, "items are ranked by")
         names = _inputs(model)
         self._model, self.digest, self.inputs, self.key = model, model.digest, list(inputs), key
         self._user_inputs = [name for name in names if name not in self.inputs]
@@ -234,7 +235,8 @@ class Items:
         if np.isnan(values).any():
             self._refuse(positions[np.isnan(values)][0])
         model = self._model
-        scores = kernels.head([values.reshape(-1, 1)], model.bias, model.is_binary).reshape(values.shape)
+        is_binary = heads.of(model.task)[0].kind == "binary"
+        scores = kernels.head([values.reshape(-1, 1)], float(model.bias[0]), is_binary).reshape(values.shape)
         return (positions[0], scores[0]) if is_one else (positions, scores)
 
     def _queries(self, user):

@@ -68,7 +68,7 @@ def stored(name, embeddings, w, table, index=0, count=1):
     Args:
         name: of the table.
         embeddings: [V, K], an array or `Rows`; None: a first order alone, which is a table of one column.
-        w: [V, 1], an array or `Rows`, or None.
+        w: [V, H], an array or `Rows`, or None; of several columns it is a table of its own.
         table: "float32", "bfloat16" or "int8".
         index: of the shard that it is: row r here is row index + r * count of the table, of which errors speak.
         count: how many shards there are.
@@ -82,8 +82,11 @@ def stored(name, embeddings, w, table, index=0, count=1):
     """
     if embeddings is None:
         embeddings, w = w, None
-    if w is not None and tuple(w.shape) != (embeddings.shape[0], 1):
-        raise ValueError(f"w must have shape {(embeddings.shape[0], 1)}, as the embeddings need, got {tuple(w.shape)}")
+    if w is not None and w.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"w must have {embeddings.shape[0]} rows, as the embeddings have, got {tuple(w.shape)}")
+    if w is not None and w.shape[1] > 1:
+        apart = stored("apart", None, w, table, index, count)["apart_rows"]
+        return stored(name, embeddings, None, table, index, count) | {f"{name}_weights": apart}
     if table == "int8" and embeddings.shape[1] > 1:
         shape = (embeddings.shape[0], embeddings.shape[1] + INT8_HEADER)
         return {f"{name}_rows": Rows(shape, np.uint8, lambda: _quantized(embeddings, w, index, count))}

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from deepfm_ops import forks
+from deepfm_ops import forks, heads
 from deepfm_ops.features import cells, columns_numpy
 from deepfm_ops.features.columns import sequence_names
 from deepfm_ops.features.tables import is_table
@@ -51,6 +51,16 @@ ACTIVATIONS = {
 }
 
 
+def _softmax(x):
+    x -= x.max(axis=1, keepdims=True)
+    np.exp(x, out=x)
+    return np.divide(x, x.sum(axis=1, keepdims=True), out=x)
+
+
+# Of the numbers [B, 1] or, of classes, [B, C], in an array that may be overwritten.
+_OUTPUT = {"binary": lambda x: _sigmoid(x)[:, 0], "regression": lambda x: x[:, 0], "multiclass": _softmax}
+
+
 class Scorer:
     """A model's scores, without TensorFlow.
 
@@ -61,10 +71,11 @@ class Scorer:
     Attributes:
         path: the file.
         digest: SHA-256 of the file's content, hex: the version of the model.
-        info: dict: "task", "table" ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or
-            "matrices"), "kinds" (by name of a raw input: "categorical", "numeric", "multivalued"; for columns
-            "string", "int64" or a float dtype), "num_features" and "num_columns" (V and P of the matrices, or
-            None), "shards" (how many files beside it hold the tables; None: it holds them).
+        info: dict: "task" ("binary", "regression", ["multiclass", C], or of several heads a dict of these), "table"
+            ("float32", "bfloat16" or "int8"), "inputs" ("features", "columns" or "matrices"), "kinds" (by name of a raw
+            input: "categorical", "numeric", "multivalued"; for columns "string", "int64" or a float dtype),
+            "num_features" and "num_columns" (V and P of the matrices, or None), "shards" (how many files beside it hold
+            the tables; None: it holds them).
 
     Example:
         >>> import numpy as np, tempfile, deepfm_ops
@@ -142,7 +153,8 @@ class Scorer:
                 bag_splits[b * F + f + 1]), which are summed.
 
         Returns:
-            float32 [B]: probabilities, or the plain sums for "regression".
+            float32 [B]: probabilities, or the plain sums for "regression"; of "multiclass" [B, C]; of several heads a
+            dict of these.
 
         Raises:
             IndexError: an index outside [0, V).
@@ -273,11 +285,12 @@ def _check_values(values):
 
 
 class _Lookup:
-    """One table of the file: the arguments of its kernel call."""
+    """One table of the file: the arguments of its kernel call; and of one more for weights of several numbers."""
 
-    def __init__(self, plan, arrays, threads):
+    def __init__(self, plan, arrays, threads, numbers):
         self.table = arrays[plan["table"]]
         self.weights = arrays[plan["weights"]] if plan.get("weights") else None
+        self.numbers = numbers
         self.encoder = plan["encoder"] or 0  # the matrices count as the only one
         self.dim = self.table.shape[1] - INT8_HEADER * (self.table.dtype == np.uint8)
         self.threads = threads
@@ -323,17 +336,23 @@ class _Lookup:
 
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
         """(interaction, sums, embeddings or None, linear or None)."""
-        return kernels.fm_forward(
+        splits = {"row_splits": row_splits, "field_splits": self.splits if row_splits is None else None}
+        interaction, sums, e, linear = kernels.fm_forward(
             self.table,
             indices,
             values,
-            weights=self.weights,
-            row_splits=row_splits,
-            field_splits=self.splits if row_splits is None else None,
+            weights=self.weights if self.numbers == 1 else None,
             output=output,
             return_embeddings=embeddings,
             threads=self.threads,
+            **splits,
         )
+        if self.numbers > 1:
+            linear = None
+            if self.weights is not None:
+                options = {"output": "sum", "threads": self.threads, **splits}
+                linear = kernels.fm_forward(self.weights, indices, values, **options)[0]
+        return interaction, sums, e, linear
 
     def pooled(self, e, mask):
         """The embeddings after max pooling, which only some columns have."""
@@ -354,8 +373,8 @@ class _Lookup:
 class _ShardedLookup(_Lookup):
     """One table in shards: the kernel sees the rows of the batch, and where each is among them."""
 
-    def __init__(self, plan, arrays, threads):
-        super().__init__(plan, arrays, threads)
+    def __init__(self, plan, arrays, threads, numbers):
+        super().__init__(plan, arrays, threads, numbers)
         self.sharded = [self.table] if self.weights is None else [self.table, self.weights]
         if not all(isinstance(table, Sharded) for table in self.sharded):
             raise ValueError(f"table {plan['table']!r:.100} and its weights are not in the same files")
@@ -374,9 +393,9 @@ class _ShardedLookup(_Lookup):
         return result
 
 
-def _lookup(plan, arrays, threads):
+def _lookup(plan, arrays, threads, numbers):
     kind = _ShardedLookup if isinstance(arrays[plan["table"]], Sharded) else _Lookup
-    return kind(plan, arrays, threads)
+    return kind(plan, arrays, threads, numbers)
 
 
 class _Model:
@@ -387,8 +406,10 @@ class _Model:
         self.warned, plan = set(), manifest["plan"]
         self.digest, shards = digest, manifest.get("shards")
         self.info = manifest["info"] | {"shards": len(shards["digests"]) if shards else None}
-        self.first_orders = [_lookup(part, arrays, threads) for part in plan["first_orders"]]
-        self.lookups = [_lookup(part, arrays, threads) for part in plan["lookups"]]
+        self.task = heads.plain(manifest["info"]["task"])
+        self.numbers = heads.width(self.task)  # of a sample
+        self.first_orders = [_lookup(part, arrays, threads, self.numbers) for part in plan["first_orders"]]
+        self.lookups = [_lookup(part, arrays, threads, self.numbers) for part in plan["lookups"]]
         self.second_order = plan["second_order"]
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))
@@ -399,7 +420,8 @@ class _Model:
         ]
         self.deep = arrays.get("deep")
         self.threads = threads
-        self.bias, self.is_binary = float(arrays["bias"][0]), manifest["info"]["task"] == "binary"
+        self.bias = np.array(arrays["bias"])
+        self.projections = [arrays[f"second_order_{i}"] for i in range(len(self.second_order)) if self.numbers > 1]
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
         self.plain_fields = all(part.splits is None for part in [*self.first_orders, *self.lookups])
@@ -491,9 +513,21 @@ class _Model:
             embeddings.append(e.reshape(batch, fields, e.shape[1]))
             if linear is not None:
                 parts.append(linear)
-        parts = [part.reshape(batch, fields).sum(axis=1, keepdims=True) for part in parts]
-        parts += [_second_order(embeddings[lookup]) for lookup in self.second_order]
+        parts = [part.reshape(batch, fields, part.shape[1]).swapaxes(1, 2).sum(axis=2) for part in parts]
+        parts += self._projected([_second_order(embeddings[lookup], self.kind) for lookup in self.second_order])
         return self._finish(parts, embeddings, {})
+
+    @property
+    def kind(self):
+        """Of interactions."""
+        return "vector" if self.numbers > 1 else "scalar"
+
+    def _projected(self, interactions):
+        """The second orders [B, H] of interactions, which are vectors for more than one number."""
+        if self.numbers == 1:
+            return interactions
+        with forks.matrix_products:
+            return [vector @ kernel for vector, kernel in zip(interactions, self.projections, strict=True)]
 
     def _scores(self, pairs, inputs, row_splits):
         """The scores, from the (indices, values, mask) of each encoder, or of the matrices."""
@@ -524,19 +558,21 @@ class _Model:
                 parts.append(first.pooled(e, mask).sum(axis=1))
         for lookup, needed in zip(self.lookups, self.needs_embeddings, strict=True):
             indices, values, mask = pairs[lookup.encoder]
-            *interaction, e, linear = lookup(indices, values, embeddings=needed, row_splits=row_splits)
+            *interaction, e, linear = lookup(indices, values, self.kind, embeddings=needed, row_splits=row_splits)
             interactions.append(interaction)
             embeddings.append(e if e is None else lookup.pooled(e, mask))
             if linear is not None:
                 parts.append(linear)
+        found = []
         for group in self.second_order:
             if isinstance(group, int):
-                parts.append(interactions[group][0])
+                found.append(interactions[group][0])
                 sums.append(interactions[group][1])
             else:
                 chosen = np.stack([embeddings[table][:, field] for table, field in group], axis=1)
-                parts.append(_second_order(chosen))
+                found.append(_second_order(chosen, self.kind))
                 sums.append(chosen.sum(axis=1))
+        parts += self._projected(found)
         if self.linear_dense:
             numbers = np.concatenate([inputs[name] for name in self.linear_dense], axis=1)
             with forks.matrix_products:
@@ -544,10 +580,15 @@ class _Model:
         return parts, sums, embeddings
 
     def _finish(self, parts, embeddings, inputs):
-        """Adds the deep part, and applies the sigmoid."""
+        """Adds the deep part, and makes the heads' outputs of the sums."""
         if self.deep is not None:
             parts.append(self.deep_part(embeddings, inputs))
-        return kernels.head(parts, self.bias, self.is_binary)
+        if self.numbers == 1:
+            (head,) = heads.of(self.task)
+            return heads.joined(self.task, [kernels.head(parts, float(self.bias[0]), head.kind == "binary")])
+        sums = sum(parts, self.bias)
+        found = [_OUTPUT[head.kind](np.ascontiguousarray(x)) for head, x in heads.split(self.task, sums)]
+        return heads.joined(self.task, found)
 
     def deep_part(self, embeddings, inputs):
         """[B, 1] of the embeddings [B, F, K] of each lookup."""
@@ -574,7 +615,8 @@ class _Model:
         return x @ self.deep
 
 
-def _second_order(e):
-    """[B, F, K] to [B, 1]."""
+def _second_order(e, kind):
+    """[B, F, K] to [B, 1], or to [B, K] for a vector."""
     sums = e.sum(axis=1)
-    return np.float32(0.5) * (sums * sums - (e * e).sum(axis=1)).sum(axis=1, keepdims=True)
+    vector = sums * sums - (e * e).sum(axis=1)
+    return np.float32(0.5) * (vector.sum(axis=1, keepdims=True) if kind == "scalar" else vector)

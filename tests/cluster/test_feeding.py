@@ -272,7 +272,7 @@ def test_the_text_of_an_error_of_a_worker():
 
 def test_the_last_streams_are_kept(log):
     features = FeatureDictionary().fit(log, categorical=["a", "b"], label="label")
-    training, *tests = (feeding.StreamParts(features.stream(log, 32), 1, (0, 1, "")) for _ in range(4))
+    training, *tests = (feeding.StreamParts(features.stream(log, 32), 1, "binary") for _ in range(4))
 
     def read(feed):
         state = feed.take(0).state

@@ -126,6 +126,19 @@ def streamed(scope):
     return of(model, history)
 
 
+def headed(scope):
+    """Heads whose labels one replica has none of, or another number of than the other; samples that weigh."""
+    labels = {"click": np.where(np.arange(ROWS) % 7, LABELS, np.nan), "kind": np.arange(ROWS) % 4 - 1}
+    labels["click"][10:20] = np.nan  # of a batch's second half
+    with scope():
+        model = DeepFM(hidden_units=(8,), task={"kind": ("multiclass", 3), "click": "binary"}, **FM)
+        model.compile(optimizers.LazyAdam(0.01), metrics={"click": ["AUC"]}, loss_weights={"click": 2.0})
+    model.fit(
+        MATRICES, labels, sample_weight=WEIGHTS, shuffle=False, epochs=2, validation_data=(MATRICES, labels), **FIT
+    )
+    return of(model, **model.predict(MATRICES, verbose=0))
+
+
 def refused(strategy):
     """What is an error, and ends in each process."""
     found = {}
@@ -158,7 +171,7 @@ def refused(strategy):
 
 def run(strategy=None):
     scope, found = contextlib.nullcontext if strategy is None else strategy.scope, {}
-    for train in (recommended, penalized, optimized, columns, streamed):
+    for train in (recommended, penalized, optimized, columns, streamed, headed):
         found |= {f"{train.__name__}: {name}": array for name, array in train(scope).items()}
     return found | ({} if strategy is None else {f"refused: {k}": v for k, v in refused(strategy).items()})
 

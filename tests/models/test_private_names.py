@@ -57,7 +57,7 @@ MODULES = [
     ("keras.src.trainers.data_adapters.data_adapter.DataAdapter", []),
     ("keras.src.trainers.data_adapters", ["get_data_adapter"]),
 ]
-ATTRIBUTES = ["_initial_epoch", "_distribute_strategy"]  # of a model, which `fit` reads
+ATTRIBUTES = ["_initial_epoch", "_distribute_strategy", "_compile_loss"]  # of a model, which `fit` reads
 OPTIMIZERS = ["_iterations", "_trainable_variables", "_trainable_variables_indices"]  # of an optimizer that was built
 VARIABLES = ["_shape", "_initialize"]  # of a keras.Variable
 
@@ -224,3 +224,19 @@ def test_a_model_tracks_its_loss():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     assert model._loss_tracker in model.metrics
+
+
+def test_losses_of_heads_can_go_untracked():
+    """What a worker of a cluster computes is added up by the chief."""
+    model = DeepFM(9, 2, 2, (2,), task={"a": "binary", "b": "regression"})
+    model.compile()
+    y = {name: tf.ones((2, 1)) for name in "ab"}
+    model.compute_loss(None, y, {name: tf.fill((2, 1), 0.5) for name in "ab"})
+    losses = model._compile_loss
+    kept = losses._metrics
+    assert [metric.name for metric in kept] == ["a_loss", "b_loss"] and kept[0].result() > 0
+    model.reset_metrics()
+    losses._metrics = [None, None]
+    assert model.compute_loss(None, y, {name: tf.fill((2, 1), 0.5) for name in "ab"}) > 0
+    losses._metrics = kept
+    assert kept[0].result() == 0 and kept[0] in model.metrics

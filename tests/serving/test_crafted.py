@@ -38,10 +38,10 @@ def sealed_shards(path, manifest, arrays, shards):
     """Writes a file and its shards, each (manifest, arrays), that name each other rightly."""
     digests = []
     for index, shard in enumerate(shards):
-        digests.append(sealed(path.with_name("draft"), packed(*shard), scorer_file.NEWEST))
+        digests.append(sealed(path.with_name("draft"), packed(*shard), scorer_file.SHARDED))
         path.with_name("draft").rename(scorer_file.shard_path(path, index, len(shards), digests[-1]))
     named = {**manifest, "shards": {"name": path.name, "digests": digests}}
-    sealed(path, packed(named, arrays), scorer_file.NEWEST)
+    sealed(path, packed(named, arrays), scorer_file.SHARDED)
 
 
 @pytest.fixture(scope="module", name="files")
@@ -207,7 +207,7 @@ def test_every_value_and_array_of_a_shard_changed(sharded, files, tmp_path):
 )
 def test_shards_that_no_file_has(shards, text, sharded, tmp_path):
     manifest, arrays, _ = sharded
-    sealed(tmp_path / "m", packed({**manifest, "shards": shards}, arrays), scorer_file.NEWEST)
+    sealed(tmp_path / "m", packed({**manifest, "shards": shards}, arrays), scorer_file.SHARDED)
     refuses(tmp_path / "m", text, 1 << 22)
     assert deepfm_ops.export_scorer(DeepFM(20, 3, 4, use_deep=False), tmp_path / "m") is None  # over it
 

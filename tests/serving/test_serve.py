@@ -98,6 +98,8 @@ def _models(tmp_path_factory):
         DenseFeat("age", 1),
     ]
     deepfm_ops.export_scorer(deepctr.DeepFM(columns, columns, dnn_hidden_units=(5,)), folder / "columns")
+    task = {"click": "binary", "genre": ("multiclass", 3)}
+    deepfm_ops.export_scorer(DeepFM(100, 3, 8, (16,), task=task, seed=4), folder / "heads")
     broken = DeepFM(100, 3, 8, use_deep=False)
     broken.get_layer("fm").w[0].assign([np.nan])
     deepfm_ops.export_scorer(broken, folder / "nan")
@@ -574,3 +576,14 @@ def test_the_server_imports_no_tensorflow(models, tmp_path):
     inputs = {"user": ["ann"], "age": [1], "genres": ["war"]}
     with serving(tmp_path, models["features"], command=(script,)) as server:
         assert server.score({"inputs": inputs})[0] == 200
+
+
+def test_several_heads(models, tmp_path):
+    """Scores are an object of lists, by head; of classes a list of their probabilities each."""
+    request = {"indices": [[1, 2, 3], [4, 5, 6]]}
+    with serving(tmp_path, models["heads"]) as server:
+        status, answer = server.score(request)
+    assert status == 200 and list(answer["scores"]) == ["click", "genre"]
+    wanted = scorer.Scorer.load(models["heads"]).score(np.array(request["indices"]))
+    for name, scores in answer["scores"].items():
+        np.testing.assert_array_equal(np.array(scores, np.float32), wanted[name])
