@@ -127,7 +127,7 @@ def _places(tmp_path_factory):
     def served(name):
         def answer(table):
             try:
-                body = serve._answer(scorers[name], {"inputs": table}, 100)
+                body = serve._scores(serve._Served(scorers[name], None), {"inputs": table}, 100)
             except fastapi.HTTPException as error:
                 assert error.status_code == 422
                 raise ValueError(error.detail) from None
