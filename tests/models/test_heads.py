@@ -122,7 +122,9 @@ def test_any_parts(rng, kind, parts):
     model.compile()
     _, found = gradients(model, inputs, labels_of(rng))
     # The column with an embedding of two numbers has none to interact with; its embedding is in the deep part, if any.
-    alone = {"second_order_1/kernel", *(["fm_0/embeddings"] if "use_deep" in parts else [])} if kind == "columns" else ()
+    alone = (
+        {"second_order_1/kernel", *(["fm_0/embeddings"] if "use_deep" in parts else [])} if kind == "columns" else ()
+    )
     for variable, g in zip(model.trainable_variables, found, strict=True):
         assert g is not None and (np.abs(g).max() > 0 or variable.path in alone), variable.path
 
