@@ -143,7 +143,37 @@ def naive(rounds):
         yield {"n": n, "times": times}
 
 
-PARTS = {"floors": floors, "threads": threads, "zipf": zipf, "bfloat16": bfloat16, "dims": dims, "naive": naive}
+def orders(rounds):
+    """An order of 3 and field weights over the plain interaction, forward and with the gradient."""
+    for batch in (4096, 16384):
+        case = Case(batch=batch)
+        table, indices, values = load(case)
+        weights = np.random.default_rng(0).normal(size=case.fields * (case.fields - 1) // 2).astype(np.float32)
+        kinds = {"plain": {}, "order 3": {"order": 3}, "field weights": {"field_weights": weights}}
+        functions = {name: forward(table, indices, values, **options) for name, options in kinds.items()}
+
+        def with_gradient(n, options, table=table, indices=indices, values=values):
+            y, sums, e, _ = kernels.fm_forward(table, indices[n], values, return_embeddings=True, **options)
+            return kernels.fm_gradient(table, indices[n], values, sums, np.ones_like(y), embeddings=e, **options)
+
+        functions |= {
+            f"{name}, gradient": lambda n, options=options, call=with_gradient: call(n, options)
+            for name, options in kinds.items()
+        }
+        times = take_turns(functions, rounds)
+        over = {name: times[name][0] / times["plain" + name[len(name.split(",")[0]) :]][0] for name in times}
+        yield {"case": dataclasses.asdict(case), "times": times, "over plain": over}
+
+
+PARTS = {
+    "floors": floors,
+    "threads": threads,
+    "zipf": zipf,
+    "bfloat16": bfloat16,
+    "dims": dims,
+    "naive": naive,
+    "orders": orders,
+}
 
 
 def main():

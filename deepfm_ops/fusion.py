@@ -69,7 +69,7 @@ class Updates:
         first = updates[0]
         _library.native_ops().deepfm_ops_resource_fm_update(
             **ops.inputs_of(op),
-            **{name: op.get_attr(name) for name in ("T", "output", "field_splits", "l2", "l2_linear")},
+            **{name: op.get_attr(name) for name in ("T", "output", "field_splits", "order", "l2", "l2_linear")},
             variables=[variable for update in updates for variable in (*update["slots"], *update["lags"])],
             hyper=[update["hyper"] for update in updates],
             counts_of_rare=first["counts"],

@@ -156,6 +156,10 @@ class _SparseLayer(keras.layers.Layer):
             splits = (0, *itertools.accumulate(self.field_sizes))
             pairs = pairs._replace(indices=_with_columns(pairs.indices, splits[-1]))
             splits = () if splits == tuple(range(len(splits))) else splits
+        elif options.get("field_weights") is not None:
+            if pairs.row_splits is not None:
+                raise ValueError(f"field_weights need dense indices [B, F], got a {type(indices).__name__}")
+            pairs = pairs._replace(indices=_with_columns(pairs.indices, self._num_fields))
         samples = tf.shape(pairs.indices)[0] if pairs.row_splits is None else tf.size(pairs.row_splits) - 1
         l2, l2_linear, *priors = penalties
         is_shared = training and bool(l2 or l2_linear) and replicas.others() is not None
@@ -198,6 +202,16 @@ class _SparseLayer(keras.layers.Layer):
             "feature_counts": None if self._counts is None else counts.packed(self._counts),
             "num_samples": self.num_samples,
         }
+
+
+def check_interaction(order, field_weights):
+    """Raises ValueError for options of an interaction that do not fit."""
+    if isinstance(order, bool) or order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order!r}")
+    if not isinstance(field_weights, bool):
+        raise ValueError(f"field_weights must be True or False, got {field_weights!r}")
+    if field_weights and order != 2:
+        raise ValueError("field_weights weight pairs of fields: they need order=2, got order=3")
 
 
 def deviation(name, number):
@@ -289,6 +303,17 @@ class FMInteraction(_SparseLayer):
         vector[b,:] = 1/2 * ((sum over f of e[b,f,:])^2 - sum over f of e[b,f,:]^2)
         scalar[b]   = sum over k of vector[b,k]
 
+    With order=3 what is added up over triples of fields is added to vector, of the same table:
+
+        vector[b,:] += sum over f < h < i of e[b,f,:] * e[b,h,:] * e[b,i,:]
+
+    With field_weights every pair of fields has a trained weight, r[f,h], which starts as one:
+
+        vector[b,:] = sum over f < h of r[f,h] * e[b,f,:] * e[b,h,:]
+
+    For a sample of F fields these are O(F K) and O(F^2 K), with one read of its rows. Their gradient is that of rows
+    in the call, as with return_embeddings.
+
     With return_embeddings the gradient of the table is that of its rows in the call, whatever is assigned to it before
     the gradient is taken. Without, and for penalties, the gradient of values and second derivatives, the rows are read
     again, as they are when the gradient is taken: take it before the table changes.
@@ -299,6 +324,10 @@ class FMInteraction(_SparseLayer):
         use_linear: add the first-order term, sum over f of values[b,f] * w[indices[b,f]], to the scalar;
             the same op computes it.
         output: "scalar" or "vector".
+        order: 2, or 3 for triples too.
+        field_weights: weight the pairs of fields. The weights are one vector, [F * (F - 1) / 2], that of fields f > h
+            (counted from 0) at f * (f - 1) / 2 + h. Needs an order of 2, and F fields in every sample: field_sizes, or
+            dense indices of a known width when the layer is built.
         return_embeddings: also return the e[b,f,:], for a deep part that shares the table.
         embeddings_initializer, embeddings_regularizer: of the table [V, K]. A regularizer acts on the
             whole table, so that its gradient is dense.
@@ -343,7 +372,9 @@ class FMInteraction(_SparseLayer):
         TensorShape([2, 1])
 
     References:
-        Rendle, "Factorization Machines", ICDM 2010. Guo et al., "DeepFM", IJCAI 2017.
+        Rendle, "Factorization Machines", ICDM 2010. Guo et al., "DeepFM", IJCAI 2017. Order 3: Blondel et al.,
+        "Higher-Order Factorization Machines", NIPS 2016, with one table for all orders. Field weights: Pan et al.,
+        "Field-weighted Factorization Machines for Click-Through Rate Prediction in Display Advertising", WWW 2018.
 
     """
 
@@ -354,6 +385,8 @@ class FMInteraction(_SparseLayer):
         *,
         use_linear=False,
         output="scalar",
+        order=2,
+        field_weights=False,
         return_embeddings=False,
         embeddings_initializer=None,
         embeddings_regularizer=None,
@@ -381,8 +414,9 @@ class FMInteraction(_SparseLayer):
             raise ValueError(f"linear_units must be 1 without linear_apart, got {linear_units}")
         if use_linear and not linear_apart and output != "scalar":
             raise ValueError(f"use_linear adds the first order to the scalar; output must be 'scalar', got {output!r}")
+        check_interaction(order, field_weights)
         self.embedding_dim = positive("embedding_dim", embedding_dim)
-        self.output_kind = output
+        self.output_kind, self.order, self.has_field_weights = output, order, field_weights
         self.return_embeddings = return_embeddings
         self.use_linear = use_linear
         self.linear_apart = linear_apart
@@ -395,7 +429,7 @@ class FMInteraction(_SparseLayer):
         self.l2, self.l2_linear = _strength("l2", l2), _strength("l2_linear", l2_linear)
         self.embedding_prior = deviation("embedding_prior", embedding_prior)
         self.linear_prior = deviation("linear_prior", linear_prior)
-        self.w = None
+        self.w = self.field_weights = None
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -405,6 +439,19 @@ class FMInteraction(_SparseLayer):
         )
         if self.use_linear:
             self.w = self._add_table("w", self.linear_units, self.linear_initializer, self.linear_regularizer)
+        if self.has_field_weights:
+            self._num_fields = self._fields(input_shape or (None, None))[1]
+            if self._num_fields is None:
+                raise ValueError(
+                    "field_weights need a fixed number of fields: give field_sizes, or indices [B, F] with a known F"
+                )
+            self.field_weights = self.add_weight(
+                name="field_weights",
+                shape=(self._num_fields * (self._num_fields - 1) // 2,),
+                dtype=arguments.accumulation_dtype(tf.as_dtype(self.variable_dtype)).name,
+                initializer="ones",
+                autocast=False,
+            )
 
     def call(self, inputs, training=False):
         weights, apart = None if self.w is None else self.w.value, None
@@ -420,6 +467,8 @@ class FMInteraction(_SparseLayer):
             (self.l2, self.l2_linear, self.embedding_prior, self.linear_prior),
             self.return_embeddings,
             weights=weights,
+            order=self.order,
+            field_weights=None if self.field_weights is None else tf.convert_to_tensor(self.field_weights.value),
         )
         linear = linear if apart is None else apart
         if self.use_linear and not self.linear_apart:
@@ -441,6 +490,8 @@ class FMInteraction(_SparseLayer):
             "embedding_dim": self.embedding_dim,
             "use_linear": self.use_linear,
             "output": self.output_kind,
+            "order": self.order,
+            "field_weights": self.has_field_weights,
             "return_embeddings": self.return_embeddings,
             "embeddings_initializer": keras.initializers.serialize(self.embeddings_initializer),
             "embeddings_regularizer": keras.regularizers.serialize(self.embeddings_regularizer),

@@ -72,6 +72,8 @@ def interaction(
     return_embeddings=False,
     weights=None,
     penalty=reference.NO_PENALTY,
+    order=2,
+    field_weights=None,
     backend="auto",
 ):
     """`reference.interaction`, natively where that can be had; embeddings are None unless asked for.
@@ -84,6 +86,8 @@ def interaction(
         return_embeddings: also return them.
         weights: first-order weights [V, 1], a variable if the table is one; None: no first order.
         penalty: `reference.Penalty`.
+        order: 2 or 3, see `reference.formula`.
+        field_weights: None, or those of an order of 2, of dense indices, of the dtype of the sums; see there.
         backend: "auto", "native" or "reference".
 
     Raises:
@@ -91,10 +95,11 @@ def interaction(
 
     """
     weights = None if weights is None else arguments.on_this_machine("weights", weights)
-    native = native_for(table, backend)
+    native = native_for(table, backend, is_plain=order == 2 and field_weights is None)
     if native is None:
+        kind = {"order": order, "field_weights": field_weights}
         result, embeddings, linear, silent = reference.interaction(
-            table, pairs, output, field_splits, weights, penalty, forward_only=_library.is_portable()
+            table, pairs, output, field_splits, weights, penalty, forward_only=_library.is_portable(), **kind
         )
         return result, embeddings if return_embeddings else None, linear, silent
     if isinstance(table, tf.Variable):
@@ -117,21 +122,25 @@ def interaction(
             weights=weights_input,
             counts=[] if penalty.counts is None else [penalty.counts],
             priors=[] if penalty.counts is None else [penalty.priors],
+            field_weights=[] if field_weights is None else [field_weights],
+            order=order,
             l2=penalty.l2,
             l2_linear=penalty.l2_linear,
             Tacc=arguments.accumulation_dtype(table.dtype),
             output=output,
             field_splits=list(field_splits),
-            # The gradient of a summed field needs the field's sum, which the pair alone does not give.
-            return_embeddings=return_embeddings or (len(field_splits) > 0 and output != "sum"),
+            # The gradient of a summed field needs the field's sum, which the pair alone does not give; those of an
+            # order of 3 and with field weights need all fields.
+            return_embeddings=return_embeddings
+            or (output != "sum" and (len(field_splits) > 0 or order > 2 or field_weights is not None)),
             **table_dtype,
         )
     linear, silent = None if weights is None else linear, silent if penalty else None
     return result, embeddings if return_embeddings else None, linear, silent
 
 
-def native_for(table, backend="auto"):
-    """The native ops for this table, or None for the reference.
+def native_for(table, backend="auto", is_plain=True):
+    """The native ops for this table, or None for the reference; is_plain: no order of 3 and no field weights.
 
     Raises:
         ValueError: backend is "native" and the table is one that the native ops cannot use; the text says why.
@@ -139,7 +148,7 @@ def native_for(table, backend="auto"):
 
     """
     native = _library.native_ops(backend)
-    reason = None if native is None else _why_not(table)
+    reason = None if native is None else _why_not(table, is_plain)
     if reason is None:
         return native
     if _library.resolve(backend) == "native":
@@ -147,7 +156,7 @@ def native_for(table, backend="auto"):
     return None
 
 
-def _why_not(table):
+def _why_not(table, is_plain):
     """The reason not to use a table natively, or None."""
     if not isinstance(table, tf.Variable):
         return None
@@ -159,6 +168,8 @@ def _why_not(table):
         reason = _library.why_not_on_gpus()
         if reason is None and table.dtype == tf.float64:
             reason = "there is no kernel for float64 on a GPU"
+        if reason is None and not is_plain:
+            reason = "there is no kernel for an order of 3 or field weights on a GPU"
         return None if reason is None else f"it is on {table.device}, and {reason}"
     return None
 
@@ -172,6 +183,7 @@ def _placed(table):
 # The inputs of an op, then what its gradient has besides; each with the attribute that counts it, if it is a list.
 _INPUTS = {"table": None, "indices": None, "values": "num_values", "row_splits": "num_row_splits"}
 _INPUTS |= {"weights": "num_weights", "counts": "num_counts", "priors": "num_counts"}
+_INPUTS |= {"field_weights": "num_field_weights"}
 _OF_GRADIENT = {"sums": None, "embeddings": "num_embeddings", "d_interaction": None}
 _OF_GRADIENT |= {"d_embeddings": "num_d_embeddings", "d_linear": "num_weights", "d_penalty": None}
 
@@ -207,7 +219,7 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
     is_resource = table.dtype == tf.resource
     gradient = native.deepfm_ops_resource_fm_interaction_grad if is_resource else native.deepfm_ops_fm_interaction_grad
     with _placed(table):
-        unique, rows, d_values, weight_rows = gradient(
+        unique, rows, d_values, weight_rows, d_field_weights = gradient(
             **inputs,
             sums=op.outputs[1],
             embeddings=[op.outputs[2]] if keeps else [],
@@ -215,7 +227,7 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
             d_embeddings=[d_embeddings] if returns else [],
             d_linear=[d_linear] if weights else [],
             d_penalty=d_penalty,
-            **{name: op.get_attr(name) for name in ("output", "field_splits", "l2", "l2_linear")},
+            **{name: op.get_attr(name) for name in ("output", "field_splits", "order", "l2", "l2_linear")},
             need_values=_values_needed(op, len(inputs["values"])),
             **({"T": op.get_attr("T")} if is_resource else {}),
         )
@@ -223,19 +235,20 @@ def _fm_interaction_grad(op, d_interaction, _, d_embeddings, d_linear, d_penalty
     d_weights = [tf.IndexedSlices(weight_rows, unique, _table_shape(w)) for w in weights]
     d_values = [d_values] * len(inputs["values"])
     nones = [None] * len(inputs["counts"] + inputs["priors"])
-    return [d_table, None, *d_values, *([None] * len(inputs["row_splits"])), *d_weights, *nones]
+    d_field_weights = [d_field_weights] * len(inputs["field_weights"])
+    return [d_table, None, *d_values, *([None] * len(inputs["row_splits"])), *d_weights, *nones, *d_field_weights]
 
 
 @tf.RegisterGradient("DeepfmOpsFmInteractionGrad")
 @tf.RegisterGradient("DeepfmOpsResourceFmInteractionGrad")
-def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
+def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows, dd_field_weights):
     """The gradient of the gradient, by differentiating the reference formula twice.
 
     `sums` and `embeddings` are functions of the table and the values, so what flows through them is
     accounted for there.
     """
     inputs = inputs_of(op)
-    table, indices, values, row_splits, weights, counts, priors = (inputs[name] for name in _INPUTS)
+    table, indices, values, row_splits, weights, counts, priors, field_weights = (inputs[name] for name in _INPUTS)
     d_outputs = [inputs["d_interaction"], *inputs["d_embeddings"], *inputs["d_linear"], inputs["d_penalty"]]
     dtype = op.get_attr("T")
     unique = op.outputs[0]
@@ -248,12 +261,14 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
     pairs = arguments.Pairs(indices, values[0] if values else None, row_splits[0] if row_splits else None)
     penalty = reference.Penalty(op.get_attr("l2"), op.get_attr("l2_linear"), *counts, *priors)
     factors = penalty.factors(pairs, unique, position, arguments.accumulation_dtype(dtype))
-    seeds = [dd_rows, *([dd_weight_rows] if weights else []), *([dd_values] if op.get_attr("need_values") else [])]
+    asked = values if op.get_attr("need_values") else []
+    seeds = [dd_rows, *([dd_weight_rows] if weights else []), *([dd_values] if asked else [])]
+    seeds += [dd_field_weights] if field_weights else []
     with forwardprop_util.push_forwardprop_state():  # else an accumulator would keep the tapes from recording
         with tf.GradientTape() as outer:
-            outer.watch([*rows, *values, *d_outputs])
+            outer.watch([*rows, *values, *field_weights, *d_outputs])
             with tf.GradientTape() as inner:
-                inner.watch([*rows, *values])
+                inner.watch([*rows, *asked, *field_weights])
                 wide = [tf.gather(tf.cast(r, arguments.accumulation_dtype(dtype)), position) for r in rows]
                 result, embeddings, linear = reference.formula(
                     wide[0],
@@ -261,6 +276,8 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                     op.get_attr("output").decode(),
                     op.get_attr("field_splits"),
                     wide[1] if weights else None,
+                    op.get_attr("order"),
+                    field_weights[0] if field_weights else None,
                 )
                 penalty = sum(
                     tf.reduce_sum(tf.cast(0.5 * factor, r.dtype) * r * r)
@@ -268,23 +285,24 @@ def _fm_interaction_grad_grad(op, _, dd_rows, dd_values, dd_weight_rows):
                 )
                 outputs = [result, *([embeddings] if inputs["d_embeddings"] else []), *([linear] if weights else [])]
                 outputs.append(tf.cast(penalty, d_outputs[-1].dtype))
-            first = inner.gradient(outputs, [*rows, *values], output_gradients=d_outputs, unconnected_gradients="zero")
+            inputs_of_first = [*rows, *asked, *field_weights]
+            first = inner.gradient(outputs, inputs_of_first, output_gradients=d_outputs, unconnected_gradients="zero")
             first = [tf.convert_to_tensor(g) for g in first]
-        second = outer.gradient(
-            first[: len(seeds)], [*rows, *values, *d_outputs], output_gradients=seeds, unconnected_gradients="zero"
-        )
-    second = [tf.convert_to_tensor(g) for g in second]
-    d_table, *d_weights = [tf.IndexedSlices(g, unique, _table_shape(t)) for g, t in zip(second, tables, strict=False)]
-    d_values = second[len(rows) : len(rows) + len(values)]
-    nones = [None] * len([*counts, *priors, inputs["sums"], *inputs["embeddings"]])
+        inputs_of_second = [*rows, *values, *field_weights, *d_outputs]
+        second = outer.gradient(first, inputs_of_second, output_gradients=seeds, unconnected_gradients="zero")
+    second = iter([tf.convert_to_tensor(g) for g in second])
+    nones = lambda tensors: [None] * len(tensors)  # noqa: E731
+    d_table, *d_weights = [tf.IndexedSlices(next(second), unique, _table_shape(t)) for t in tables]
     return [
         d_table,
         None,
-        *d_values,
-        *([None] * len(row_splits)),
+        *(next(second) for _ in values),
+        *nones(row_splits),
         *d_weights,
-        *nones,
-        *second[len(rows) + len(values) :],
+        *nones([*counts, *priors]),
+        *(next(second) for _ in field_weights),
+        *nones([inputs["sums"], *inputs["embeddings"]]),
+        *second,
     ]
 
 

@@ -26,6 +26,7 @@ class Lookup:
         linear: whether its first order is added up too.
         encoder: number of the encoder that makes the pairs; None: indices and values are the model's own inputs.
         spans: of fields that are then pooled by maximum, [(number of fields, whether to pool them)], or None.
+        is_plain: whether the interaction of its fields is the plain second order: no order of 3, no field weights.
 
     """
 
@@ -34,6 +35,7 @@ class Lookup:
     linear: bool = False
     encoder: int | None = None
     spans: list | None = None
+    is_plain: bool = True
 
 
 @dataclasses.dataclass

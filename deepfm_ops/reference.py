@@ -54,7 +54,7 @@ class Penalty(NamedTuple):
 NO_PENALTY = Penalty()
 
 
-def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_PENALTY, forward_only=False):
+def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_PENALTY, forward_only=False, **kind):
     """What the native op computes: (interaction, embeddings, linear, penalty).
 
     Args:
@@ -66,6 +66,7 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
         weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
         penalty: `Penalty`.
         forward_only: read a row where it occurs. Faster, but gradients would repeat rows, and there is no penalty.
+        **kind: `order` and `field_weights`, see `formula`.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
@@ -77,7 +78,7 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
     pairs = _checked(pairs, _num_rows(table))
     if forward_only:
         weight_rows = None if weights is None else _rows(weights, pairs.indices)
-        return *formula(_rows(table, pairs.indices), pairs, output, field_splits, weight_rows), None
+        return *formula(_rows(table, pairs.indices), pairs, output, field_splits, weight_rows, **kind), None
     # Gathering each row once makes the gradients of the tables unique and ascending.
     flat = tf.reshape(pairs.indices, [-1])
     unique = tf.sort(tf.unique(flat).y)
@@ -90,14 +91,18 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
         silent = _silent(rows, factor)
         silent += 0 if weights is None else _silent(weight_rows, factor_linear)
     weight_rows = None if weights is None else tf.gather(weight_rows, position)
-    return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows), silent
+    return *formula(tf.gather(rows, position), pairs, output, field_splits, weight_rows, **kind), silent
 
 
-def formula(rows, pairs, output, field_splits=(), weight_rows=None):
+def formula(rows, pairs, output, field_splits=(), weight_rows=None, order=2, field_weights=None):
     """`interaction`, from the row of each pair, `rows` [B, P, K] or [nnz, K], and its weight, [.., 1].
 
     Rendle, "Factorization Machines", 2010: the sum over pairs of fields of their products is half of
-    (square of the sum - sum of the squares).
+    (square of the sum - sum of the squares). With an `order` of 3 the sum over triples is added, by Newton's identity:
+    (p1^3 - 3 p1 p2 + 2 p3) / 6 with the sums p1, p2 and p3 of the embeddings, their squares and cubes; Blondel et al.,
+    "Higher-Order Factorization Machines", 2016, with one table for all orders. With `field_weights` [F * (F - 1) / 2]
+    every pair of fields f > h is weighted by element f * (f - 1) / 2 + h; Pan et al., "Field-weighted Factorization
+    Machines", 2018.
     """
     embeddings = rows if pairs.values is None else rows * pairs.values[..., tf.newaxis]
     if len(field_splits) and list(field_splits) != list(range(len(field_splits))):
@@ -115,8 +120,20 @@ def formula(rows, pairs, output, field_splits=(), weight_rows=None):
     sums = add(embeddings)
     if output == "sum":
         return sums, embeddings, linear
-    vector = 0.5 * (tf.square(sums) - add(tf.square(embeddings)))
+    if field_weights is not None:
+        vector = add(embeddings * tf.matmul(_lower_triangle(field_weights, tf.shape(embeddings)[1]), embeddings))
+    else:
+        squares = add(tf.square(embeddings))
+        vector = 0.5 * (tf.square(sums) - squares)
+        if order == 3:
+            vector += (sums**3 - 3 * sums * squares + 2 * add(embeddings**3)) / 6
     return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings, linear
+
+
+def _lower_triangle(elements, size):
+    """The matrix [size, size] with these elements below its diagonal, row by row."""
+    places = tf.where(tf.range(size)[:, tf.newaxis] > tf.range(size))
+    return tf.scatter_nd(places, elements, tf.cast([size, size], tf.int64))
 
 
 def _num_rows(table):

@@ -30,13 +30,15 @@ def runnable_instruction_sets():
     return names
 
 
-def oracle(table, samples, output="scalar"):
-    """The definition, in float64: the sum over all pairs of fields, not the shortcut.
+def oracle(table, samples, output="scalar", order=2, field_weights=None):
+    """The definition, in float64: the sum over all pairs of fields, and over all triples, not the shortcuts.
 
     Args:
         table: [V, K].
         samples: per sample a list of fields, each a list of (index, value).
         output: "scalar" or "vector".
+        order: 2, or 3 for triples too.
+        field_weights: of fields f > h at f * (f - 1) / 2 + h; None: all ones.
 
     """
     table = np.asarray(table, np.float64)
@@ -44,8 +46,10 @@ def oracle(table, samples, output="scalar"):
     for b, fields in enumerate(samples):
         e = [sum((np.float64(x) * table[i] for i, x in field), np.zeros(table.shape[1])) for field in fields]
         for f in range(len(e)):
-            for h in range(f + 1, len(e)):
-                result[b] += e[f] * e[h]
+            for h in range(f):
+                result[b] += e[f] * e[h] * (1 if field_weights is None else field_weights[f * (f - 1) // 2 + h])
+                for i in range(h if order == 3 else 0):
+                    result[b] += e[f] * e[h] * e[i]
     return result if output == "vector" else result.sum(1, keepdims=True)
 
 

@@ -96,13 +96,28 @@ void CheckedShape::CheckWeights(const Sizes* weights) const {
   if (weights) CheckShape("weights", *weights, {shape.num_rows, 1});
 }
 
+int64_t CheckedShape::NumFieldWeights() const {
+  const int64_t fields = shape.field_splits ? shape.num_fields : shape.pairs_per_sample;
+  return fields * (fields - 1) / 2;
+}
+
+void CheckedShape::CheckInteraction(int64_t order, const Sizes* field_weights) const {
+  if (order != 2 && order != 3) Fail("order must be 2 or 3, got " + std::to_string(order));
+  if (!field_weights) return;
+  if (order != 2) Fail("field_weights need an order of 2, got 3");
+  if (ragged) Fail("field_weights need samples of equally many fields, indices [B, F], not row_splits");
+  CheckShape("field_weights", *field_weights, {NumFieldWeights()});
+}
+
 void CheckedShape::CheckGradient(Output output, const Sizes& sums, const Sizes& d_interaction, const Sizes* embeddings,
-                                 const Sizes* d_embeddings) const {
+                                 const Sizes* d_embeddings, bool by_fields) const {
   CheckShape("sums", sums, {shape.num_samples, shape.dim});
   CheckShape("d_interaction", d_interaction, Interaction(output));
   if (embeddings) CheckShape("embeddings", *embeddings, Embeddings());
   if (d_embeddings) CheckShape("d_embeddings", *d_embeddings, Embeddings());
-  if (!embeddings && shape.field_splits && output != Output::kSum) Fail("embeddings are needed with field_splits");
+  if (embeddings || output == Output::kSum) return;
+  if (shape.field_splits) Fail("embeddings are needed with field_splits");
+  if (by_fields) Fail("embeddings are needed with an order of 3 and with field_weights");
 }
 
 void FailRowSplits(int64_t b, int64_t begin, int64_t end, int64_t num_samples) {

@@ -37,8 +37,10 @@ struct CheckedShape {
   Sizes Embeddings() const;
   // What else the two kernels need; null is what was not given.
   void CheckWeights(const Sizes* weights) const;
+  void CheckInteraction(int64_t order, const Sizes* field_weights) const;
   void CheckGradient(Output output, const Sizes& sums, const Sizes& d_interaction, const Sizes* embeddings,
-                     const Sizes* d_embeddings) const;
+                     const Sizes* d_embeddings, bool by_fields) const;
+  int64_t NumFieldWeights() const;
 
  private:
   void ReadRowSplits(const int64_t* data, const Sizes& sizes, bool host_reads);

@@ -92,6 +92,7 @@ struct Columns {
   DEEPFM_INLINE void Multiply(const Columns& x) { DEEPFM_EACH v[n] *= x.v[n]; }
   DEEPFM_INLINE void Add(const Columns& x) { DEEPFM_EACH v[n] += x.v[n]; }
   DEEPFM_INLINE void AddSquare(const Columns& x) { DEEPFM_EACH v[n] += x.v[n] * x.v[n]; }
+  DEEPFM_INLINE void AddProduct(const Columns& x, const Columns& y) { DEEPFM_EACH v[n] += x.v[n] * y.v[n]; }
   DEEPFM_INLINE void AddScaled(const Columns& x, A scale) { DEEPFM_EACH v[n] += x.v[n] * scale; }
   DEEPFM_INLINE void Subtract(const Columns& x) { DEEPFM_EACH v[n] -= x.v[n]; }
   DEEPFM_INLINE void SubtractScaled(const Columns& x, A scale) { DEEPFM_EACH v[n] -= x.v[n] * scale; }
@@ -110,6 +111,11 @@ struct Columns {
     return total;
   }
   friend DEEPFM_INLINE A Dot(const Columns& x, const Columns& y) { return HorizontalSum(LanesOfDot(x, y)); }
+
+  // The same, left in lanes.
+  friend DEEPFM_INLINE void AddDot(V* total, const Columns& x, const Columns& y) {
+    DEEPFM_EACH* total += x.v[n] * y.v[n];
+  }
 
   friend DEEPFM_INLINE Columns HalfOfSquareMinus(const Columns& x, const Columns& y) {
     Columns half;

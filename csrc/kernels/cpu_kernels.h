@@ -18,9 +18,30 @@ struct PairMap {
   int64_t num_fields;
 };
 
+// With field weights the loops get them as a matrix, [F, PaddedFields(F)]: in row h and column f the weight of fields f
+// and h, zero for f == h and for columns past F; for the forward, zero for f < h too.
+constexpr int kFieldPadding = 8;
+static inline int64_t PaddedFields(int64_t fields) {
+  return (fields + kFieldPadding - 1) / kFieldPadding * kFieldPadding;
+}
+
+// Of ForwardArgs and GradientArgs: whether the interaction is half of (square of the sum - sum of the squares), or
+// kSum.
+template <typename Args>
+static inline bool IsPlain(const Args& args) {
+  return args.output == Output::kSum || (args.order == 2 && !args.field_weights);
+}
+
 struct CpuKernels {
   // Returns -1, or the first p of these samples with indices[p] out of range.
   int64_t (*forward[5][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample);  // [TableType][IndexType]
+  // The same where the interaction is not plain, `step` samples at a time; `kept` is room for the embeddings of so
+  // many, if there are none.
+  int64_t (*forward_by_fields[5][2])(const ForwardArgs&, int64_t begin_sample, int64_t end_sample, int64_t step,
+                                     void* kept);
+  // For an order of 3 and field weights: d_fields becomes d[b,f,:], and d_field_weights is added to, if there is one.
+  void (*field_gradient[2])(const GradientArgs&, int64_t begin_sample, int64_t end_sample,
+                            void* d_fields);  // float, double
   // Both fetch ahead up to last_group.
   void (*gradient[4])(const GradientArgs&, const PairMap&, int64_t begin_group, int64_t end_group, int64_t last_group);
   void (*update[4])(const UpdateArgs&, int64_t begin_group, int64_t end_group, int64_t last_group);

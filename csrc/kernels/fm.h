@@ -9,10 +9,16 @@
 //   v[b,:]   = 1/2 * (s[b,:]^2 - sum over f of e[b,f,:]^2)
 //   interaction = s (kSum), sum over k of v (kScalar) or v (kVector)
 //   linear[b]   = sum over pairs p of  values[p] * weights[indices[p]]                  (first order)
+// For kScalar and kVector, v may be another interaction of the same fields:
+//   order 3        v[b,:] + sum over f < h < i of e[b,f,:] * e[b,h,:] * e[b,i,:]        (Blondel et al., 2016)
+//   field weights  sum over h < f of r[f,h] * e[b,f,:] * e[b,h,:]                       (FwFM, Pan et al., 2018)
+// r[f,h] is field_weights[f * (f - 1) / 2 + h]: the lower triangle, row by row.
 //
 // Gradient, for g = d interaction and de = d embeddings:
 //   d[b,f,:] = de[b,f,:] + (g[b,:] for kSum, g[b] * (s[b,:] - e[b,f,:]) otherwise)
-//   rows[u,:] = (2 * l2 + share[u] * prior) * table[unique[u], :]
+//   with an order of 3     d[b,f,:] = de[b,f,:] + g[b] * (o + v[b,:] - o * e[b,f,:]), o = s[b,:] - e[b,f,:], v of order
+//   2 with field weights     d[b,f,:] = de[b,f,:] + g[b] * sum over h of r[f,h] * e[b,h,:] d_field_weights[f,h] = sum
+//   over b of g[b] * < e[b,f,:], e[b,h,:] > rows[u,:] = (2 * l2 + share[u] * prior) * table[unique[u], :]
 //               + sum over pairs p with indices[p] == unique[u], in ascending p, of  values[p] * d[field of p, :]
 //   weight_rows[u] = (2 * l2_linear + share[u] * prior_linear) * weights[unique[u]]
 //               + sum over the same p of  values[p] * d_linear[b]
@@ -57,24 +63,27 @@ struct ForwardArgs {
   TableType table_type = TableType::kFloat32;
   IndexType index_type = IndexType::kInt32;
   Output output = Output::kScalar;
-  const void* table = nullptr;    // T   [V,K], or V rows of kInt8
-  const void* indices = nullptr;  // I   [n]
-  const void* values = nullptr;   // Acc [n], or null: all ones
-  const void* weights = nullptr;  // T   [V], for the first order; null for kInt8, whose rows hold them
-  void* interaction = nullptr;    // Acc [B] (kScalar) or [B,K]
-  void* linear = nullptr;         // Acc [B], or null: no first order; needs K > 0
-  void* sums = nullptr;           // Acc [B,K], or null
-  void* embeddings = nullptr;     // Acc [B,F,K] or [n,K], or null
+  const void* table = nullptr;          // T   [V,K], or V rows of kInt8
+  const void* indices = nullptr;        // I   [n]
+  const void* values = nullptr;         // Acc [n], or null: all ones
+  const void* weights = nullptr;        // T   [V], for the first order; null for kInt8, whose rows hold them
+  void* interaction = nullptr;          // Acc [B] (kScalar) or [B,K]
+  void* linear = nullptr;               // Acc [B], or null: no first order; needs K > 0
+  void* sums = nullptr;                 // Acc [B,K], or null
+  void* embeddings = nullptr;           // Acc [B,F,K] or [n,K], or null
+  int order = 2;                        // or 3
+  const void* field_weights = nullptr;  // Acc [F * (F - 1) / 2], or null; needs samples of F fields each, and order 2
 };
 
 struct GradientArgs {
   FmShape shape;
   TableType table_type = TableType::kFloat32;
   Output output = Output::kScalar;
-  const void* table = nullptr;          // T   [V,K]
-  const void* values = nullptr;         // Acc [n], or null: all ones
-  const void* sums = nullptr;           // Acc [B,K], from the forward (unused for kSum)
-  const void* embeddings = nullptr;     // Acc [B,F,K], from the forward; needed with field_splits (unused for kSum)
+  const void* table = nullptr;   // T   [V,K]
+  const void* values = nullptr;  // Acc [n], or null: all ones
+  const void* sums = nullptr;    // Acc [B,K], from the forward (unused for kSum)
+  // Acc [B,F,K] or [n,K], from the forward; needed with field_splits, field weights and an order of 3 (unused for kSum)
+  const void* embeddings = nullptr;
   const void* d_interaction = nullptr;  // Acc [B] (kScalar) or [B,K]
   const void* d_embeddings = nullptr;   // Acc [B,F,K] or [n,K], or null
   const void* weights = nullptr;        // T   [V], or null
@@ -88,6 +97,9 @@ struct GradientArgs {
   void* weight_rows = nullptr;          // T   [U], with weights
   void* d_values = nullptr;             // Acc [n], or null
   int64_t first_group = 0;              // the group of the first of rows and weight_rows
+  int order = 2;                        // as for the forward
+  const void* field_weights = nullptr;  // likewise
+  void* d_field_weights = nullptr;      // Acc [F * (F - 1) / 2], or null
 };
 
 // Runs the forward. Returns -1, or the smallest p with indices[p] outside [0, V); then the outputs

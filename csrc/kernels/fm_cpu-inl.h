@@ -16,6 +16,8 @@ namespace DEEPFM_ISA {
 
 static inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+#include "fields-inl.h"
+
 // Rows that are fetched ahead of their use, unless they are so few that they stay in the cache. Null is harmless, and
 // so is any number of a row.
 struct Prefetcher {
@@ -170,6 +172,32 @@ static int64_t Forward(const ForwardArgs& a, int64_t begin, int64_t end) {
     });
   }
   return bad;
+}
+
+// Where the interaction is not the plain one: `step` samples at a time, to find their embeddings in cache. They are
+// kept in `kept` if nobody wants them. The rows of the next samples come in meanwhile.
+template <typename T, typename I>
+static int64_t ForwardByFields(const ForwardArgs& a, int64_t begin, int64_t end, int64_t step, void* kept) {
+  typedef AccOf<T> A;
+  const FmShape& shape = a.shape;
+  const PairRows<T, I> rows(a);
+  auto first_pair = [&](int64_t b) { return shape.row_splits ? shape.row_splits[b] : b * shape.pairs_per_sample; };
+  ForwardArgs of_some = a;
+  for (int64_t from = begin; from < end; from += step) {
+    const int64_t to = Min(from + step, end);
+    const int64_t before = FirstField(shape, from) * shape.dim * static_cast<int64_t>(sizeof(A));
+    // Forward counts from the embeddings of the first of all samples.
+    if (kept) of_some.embeddings = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(kept) - before);
+    const int64_t bad = Forward<T, I>(of_some, from, to);
+    if (bad >= 0) return bad;
+    const char* e = kept ? static_cast<const char*>(kept) : static_cast<const char*>(a.embeddings) + before;
+    for (int64_t b = from; b < to; ++b) {
+      if (b + step < end)
+        for (int64_t p = first_pair(b + step); p < first_pair(b + step + 1); ++p) rows.Fetch(p);
+      e += Interact<A>(a, b, reinterpret_cast<const A*>(e)) * static_cast<int64_t>(sizeof(A));
+    }
+  }
+  return -1;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -352,6 +380,12 @@ const CpuKernels kKernels = {
      {Forward<BFloat16, int32_t>, Forward<BFloat16, int64_t>},
      {Forward<Float16, int32_t>, Forward<Float16, int64_t>},
      {Forward<Int8, int32_t>, Forward<Int8, int64_t>}},
+    {{ForwardByFields<float, int32_t>, ForwardByFields<float, int64_t>},
+     {ForwardByFields<double, int32_t>, ForwardByFields<double, int64_t>},
+     {ForwardByFields<BFloat16, int32_t>, ForwardByFields<BFloat16, int64_t>},
+     {ForwardByFields<Float16, int32_t>, ForwardByFields<Float16, int64_t>},
+     {ForwardByFields<Int8, int32_t>, ForwardByFields<Int8, int64_t>}},
+    {FieldGradient<float>, FieldGradient<double>},
     {Gradient<float>, Gradient<double>, Gradient<BFloat16>, Gradient<Float16>},
     {Update<float>, Update<double>, Update<BFloat16>, Update<Float16>},
     ReadRows,

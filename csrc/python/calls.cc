@@ -48,6 +48,14 @@ Dtypes Without(const Dtypes& dtypes, std::initializer_list<const char*> names) {
 
 Dtypes GradientDtypes(const Place& place) { return Without(place.TableDtypes(), {"uint8", "uint16"}); }
 
+// The field weights, or none, that with the order are an interaction which the place has kernels for.
+Array ReadFieldWeights(const CallInputs& in, int order, Given field_weights) {
+  Array found = ReadMaybe(in.place, "field_weights", field_weights, {in.acc});
+  in.checked.CheckInteraction(order, SizesOrNull(found));
+  if (!in.place.OnHost() && (order != 2 || found.owner)) Fail("an order of 3 and field_weights are for the CPU");
+  return found;
+}
+
 // The arrays of a gradient, held and checked.
 struct GradientInputs {
   Array sums, d_interaction, embeddings, d_embeddings, weights, d_linear, counts;
@@ -55,14 +63,14 @@ struct GradientInputs {
 
   GradientInputs(const CallInputs& in, Given sums_given, Given d_interaction_given, Given embeddings_given,
                  Given d_embeddings_given, Given weights_given, Given d_linear_given, double l2, double l2_linear,
-                 Given counts_given, double prior, double prior_linear, double prior_softness) {
+                 Given counts_given, double prior, double prior_linear, double prior_softness, bool by_fields = false) {
     Place& place = in.place;
     sums = place.Read("sums", sums_given, {in.acc});
     d_interaction = place.Read("d_interaction", d_interaction_given, {in.acc});
     embeddings = ReadMaybe(place, "embeddings", embeddings_given, {in.acc});
     d_embeddings = ReadMaybe(place, "d_embeddings", d_embeddings_given, {in.acc});
     in.checked.CheckGradient(in.output, sums.sizes, d_interaction.sizes, SizesOrNull(embeddings),
-                             SizesOrNull(d_embeddings));
+                             SizesOrNull(d_embeddings), by_fields);
     if (weights_given.is_none() != d_linear_given.is_none())
       Fail("weights and d_linear go together: give both or none");
     if (!weights_given.is_none()) {
@@ -194,8 +202,10 @@ CheckedShape CallInputs::Check(const std::optional<std::vector<int64_t>>& field_
 }
 
 py::tuple Forward(Place& place, Given table, Given indices, Given values, Given weights, Given row_splits,
-                  MaybeSplits field_splits, const std::string& output, bool return_embeddings) {
+                  MaybeSplits field_splits, const std::string& output, int order, Given field_weights,
+                  bool return_embeddings) {
   const CallInputs in(place, place.TableDtypes(), table, indices, values, row_splits, field_splits, output);
+  const Array of_fields = ReadFieldWeights(in, order, field_weights);
   const Array interaction = place.Make(in.table, in.acc, in.checked.Interaction(in.output));
   const Array sums = place.Make(in.table, in.acc, {in.shape.num_samples, in.shape.dim});
   Array embeddings, linear, first_order;
@@ -220,6 +230,8 @@ py::tuple Forward(Place& place, Given table, Given indices, Given values, Given 
   args.linear = linear.data;
   args.sums = sums.data;
   args.embeddings = embeddings.data;
+  args.order = order;
+  args.field_weights = of_fields.data;
   place.Forward(args, in);
   place.Finish(in);
   const auto or_none = [](const Array& array) { return array.owner ? array.owner : py::none(); };
@@ -228,25 +240,35 @@ py::tuple Forward(Place& place, Given table, Given indices, Given values, Given 
 
 py::tuple Gradient(Place& place, Given table, Given indices, Given values, Given sums, Given d_interaction,
                    Given embeddings, Given d_embeddings, Given weights, Given d_linear, Given row_splits,
-                   MaybeSplits field_splits, const std::string& output, bool need_values, double l2, double l2_linear,
-                   Given counts, double prior, double prior_linear, double prior_softness) {
+                   MaybeSplits field_splits, const std::string& output, int order, Given field_weights,
+                   bool need_values, double l2, double l2_linear, Given counts, double prior, double prior_linear,
+                   double prior_softness) {
   const CallInputs in(place, GradientDtypes(place), table, indices, values, row_splits, field_splits, output);
+  const Array of_fields = ReadFieldWeights(in, order, field_weights);
   GradientInputs gradient(in, sums, d_interaction, embeddings, d_embeddings, weights, d_linear, l2, l2_linear, counts,
-                          prior, prior_linear, prior_softness);
+                          prior, prior_linear, prior_softness, order == 3 || of_fields.owner);
   place.Group(in);
   const Array unique = place.UniqueRows();
   const Array rows = place.Make(in.table, "", {unique.sizes[0], in.shape.dim});
-  Array weight_rows, d_values;
+  Array weight_rows, d_values, d_of_fields;
+  if (of_fields.owner) d_of_fields = place.Make(in.table, in.acc, {in.checked.NumFieldWeights()});
   if (gradient.weights.owner) weight_rows = place.Make(in.table, "", {unique.sizes[0], 1});
   if (need_values) d_values = place.Make(in.table, in.acc, in.indices.sizes);
   gradient.args.rows = rows.data;
   gradient.args.weight_rows = weight_rows.data;
   gradient.args.d_values = d_values.data;
+  gradient.args.order = order;
+  gradient.args.field_weights = of_fields.data;
+  gradient.args.d_field_weights = d_of_fields.data;
   place.Gradient(gradient.args);
   place.Finish(in);
-  const py::object maybe = need_values ? d_values.owner : py::none();
-  if (weight_rows.owner) return py::make_tuple(unique.owner, rows.owner, maybe, weight_rows.owner);
-  return py::make_tuple(unique.owner, rows.owner, maybe);
+  py::list found;
+  found.append(unique.owner);
+  found.append(rows.owner);
+  found.append(need_values ? d_values.owner : py::none());
+  if (weight_rows.owner) found.append(weight_rows.owner);
+  if (d_of_fields.owner) found.append(d_of_fields.owner);
+  return py::tuple(found);
 }
 
 void SparseUpdateCall(Place& place, Given table, Given indices, Given gradient, Given update) {

@@ -90,12 +90,14 @@ typedef const py::object& Given;
 typedef const std::optional<std::vector<int64_t>>& MaybeSplits;
 
 py::tuple Forward(Place& place, Given table, Given indices, Given values, Given weights, Given row_splits,
-                  MaybeSplits field_splits, const std::string& output, bool return_embeddings);
+                  MaybeSplits field_splits, const std::string& output, int order, Given field_weights,
+                  bool return_embeddings);
 
 py::tuple Gradient(Place& place, Given table, Given indices, Given values, Given sums, Given d_interaction,
                    Given embeddings, Given d_embeddings, Given weights, Given d_linear, Given row_splits,
-                   MaybeSplits field_splits, const std::string& output, bool need_values, double l2, double l2_linear,
-                   Given counts, double prior, double prior_linear, double prior_softness);
+                   MaybeSplits field_splits, const std::string& output, int order, Given field_weights,
+                   bool need_values, double l2, double l2_linear, Given counts, double prior, double prior_linear,
+                   double prior_softness);
 
 void SparseUpdateCall(Place& place, Given table, Given indices, Given gradient, Given update);
 
@@ -111,13 +113,13 @@ void DefineCalls(py::module_& m, Wrap wrap, const char* const (&docs)[4], const 
   using namespace pybind11::literals;
   const auto none = py::none();
   m.def("fm_forward", wrap(&Forward), docs[0], first..., "table"_a, "indices"_a, "values"_a = none, py::kw_only(),
-        "weights"_a = none, "row_splits"_a = none, "field_splits"_a = none, "output"_a = "scalar",
-        "return_embeddings"_a = false, "threads"_a = none);
+        "weights"_a = none, "row_splits"_a = none, "field_splits"_a = none, "output"_a = "scalar", "order"_a = 2,
+        "field_weights"_a = none, "return_embeddings"_a = false, "threads"_a = none);
   m.def("fm_gradient", wrap(&Gradient), docs[1], first..., "table"_a, "indices"_a, "values"_a, "sums"_a,
         "d_interaction"_a, py::kw_only(), "embeddings"_a = none, "d_embeddings"_a = none, "weights"_a = none,
-        "d_linear"_a = none, "row_splits"_a = none, "field_splits"_a = none, "output"_a = "scalar",
-        "need_values"_a = false, "l2"_a = 0.0, "l2_linear"_a = 0.0, "counts"_a = none, "prior"_a = 0.0,
-        "prior_linear"_a = 0.0, "prior_softness"_a = 0.0, "threads"_a = none);
+        "d_linear"_a = none, "row_splits"_a = none, "field_splits"_a = none, "output"_a = "scalar", "order"_a = 2,
+        "field_weights"_a = none, "need_values"_a = false, "l2"_a = 0.0, "l2_linear"_a = 0.0, "counts"_a = none,
+        "prior"_a = 0.0, "prior_linear"_a = 0.0, "prior_softness"_a = 0.0, "threads"_a = none);
   m.def("sparse_update", wrap(&SparseUpdateCall), docs[2], first..., "table"_a, "indices"_a, "gradient"_a, "update"_a,
         py::kw_only(), "threads"_a = none);
   m.def("fm_update", wrap(&FusedUpdate), docs[3], first..., "table"_a, "indices"_a, "values"_a, "sums"_a,

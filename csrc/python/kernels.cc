@@ -319,6 +319,9 @@ Args:
     row_splits: int64 [B + 1].
     field_splits: ints [F + 1] over the P columns, which are summed into F fields. None: a column is a field.
     output: "scalar", "vector" or "sum".
+    order: 2, or 3: the sum over triples of fields is added to that over pairs.
+    field_weights: a weight for every pair of fields f > h, at f * (f - 1) / 2 + h; float64 for a float64 table, else
+        float32. None: all ones.
     return_embeddings: also return [B, F, K] or [nnz, K].
     threads: at most so many; None: all of the machine's.
 
@@ -331,13 +334,13 @@ Raises:
     ValueError: a shape that does not fit; an array that is not C-contiguous or not aligned.
     IndexError: an index outside [0, V).
     MemoryError: a result that cannot be allocated.)",
-      R"(The gradient: (unique, rows, d_values or None), and with weights their rows' as a fourth.
+      R"(The gradient: (unique, rows, d_values or None), with weights their rows' after them, with field_weights theirs.
 
 Args:
-    table, indices, values, row_splits, field_splits, output, threads: as for fm_forward.
+    table, indices, values, row_splits, field_splits, output, order, field_weights, threads: as for fm_forward.
     sums: [B, K], from fm_forward.
     d_interaction: the gradient of the interaction.
-    embeddings: from fm_forward; needed with field_splits.
+    embeddings: from fm_forward; needed with field_splits, an order of 3 and field_weights.
     d_embeddings: the gradient of the embeddings, or None.
     weights, d_linear: [V, 1] of the table's dtype and the gradient of the linear part [B, 1], together or None.
     need_values: also return the gradient of the values.
@@ -346,7 +349,8 @@ Args:
     prior, prior_linear, prior_softness: its strengths per sample, and its softness; see csrc/kernels/fm.h.
 
 Returns:
-    unique int64 [U], ascending; rows [U, K] of the table's dtype; d_values; weight rows [U, 1].
+    unique int64 [U], ascending; rows [U, K] of the table's dtype; d_values; weight rows [U, 1]; the gradient of the
+    field weights.
 
 Raises: what fm_forward raises.)",
       R"(An optimizer's update of the rows that `indices` names, in place; duplicates are added up first.

@@ -17,6 +17,10 @@ struct FmCall {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("Tacc", &acc_dtype));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("output", &name));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("field_splits", &field_splits));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("order", &order));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("num_field_weights", &num_field_weights));
+    OP_REQUIRES(ctx, !on_device || (order == 2 && num_field_weights == 0),
+                tensorflow::errors::Unimplemented("an order of 3 and field_weights are for the CPU"));
     output = name == "sum" ? Output::kSum : name == "scalar" ? Output::kScalar : Output::kVector;
     OP_REQUIRES_OK(ctx, RequireAcc(ctx, dtype));
   }
@@ -44,6 +48,7 @@ struct FmCall {
   }
 
   const bool on_device;
+  int order, num_field_weights;
   DataType dtype, acc_dtype;
   Output output;
   std::vector<int64_t> field_splits;
@@ -65,6 +70,12 @@ struct FmInputs {
       checked.CheckWeights(&weights_sizes);
       weights = Data(tables[1]);
     }
+    const Tensor* of_fields = Optional(ctx, "field_weights");
+    const Sizes of_fields_sizes = of_fields ? SizesOf(*of_fields) : Sizes{};
+    checked.CheckInteraction(call.order, of_fields ? &of_fields_sizes : nullptr);
+    Require(!of_fields || of_fields->dtype() == call.acc_dtype, "field_weights must be ",
+            tensorflow::DataTypeString(call.acc_dtype), " for this table");
+    field_weights = DataOrNull(of_fields);
     // The reader of a table that is never updated gains by them as much as others.
     for (size_t i = 0; i < num_tables && !call.on_device; ++i)
       if (tables.variable(i)) PreferHugePagesOnce(Data(tables[i]), tables[i].tensor_data().size());
@@ -77,6 +88,7 @@ struct FmInputs {
   const CheckedShape checked;
   const FmShape shape;
   const void* weights = nullptr;
+  const void* field_weights = nullptr;
 
  private:
   FmShape ShapeOf(const FmCall& call, OpKernelContext* ctx) const {
@@ -101,6 +113,8 @@ struct FmForwardCall : FmCall {
     args.indices = Data(in.indices);
     args.values = DataOrNull(in.values);
     args.weights = in.weights;
+    args.order = order;
+    args.field_weights = in.field_weights;
     return args;
   }
 
@@ -143,7 +157,7 @@ struct FmGradientCall : FmCall {
     const Sizes embeddings_sizes = embeddings ? SizesOf(*embeddings) : Sizes{},
                 d_embeddings_sizes = d_embeddings ? SizesOf(*d_embeddings) : Sizes{};
     in.checked.CheckGradient(output, SizesOf(*sums), SizesOf(*d_interaction), embeddings ? &embeddings_sizes : nullptr,
-                             d_embeddings ? &d_embeddings_sizes : nullptr);
+                             d_embeddings ? &d_embeddings_sizes : nullptr, order == 3 || in.field_weights);
     CheckShape("d_penalty", SizesOf(*d_penalty), {});
     if (d_linear) CheckShape("d_linear", SizesOf(*d_linear), {shape.num_samples, 1});
     if (counts) CheckShape("counts", SizesOf(*counts), {shape.num_rows});
@@ -160,6 +174,8 @@ struct FmGradientCall : FmCall {
     args.d_embeddings = DataOrNull(d_embeddings);
     args.weights = in.weights;
     args.d_linear = DataOrNull(d_linear);
+    args.order = order;
+    args.field_weights = in.field_weights;
     args.l2 = l2;
     args.l2_linear = l2_linear;
     args.counts = counts ? counts->flat<int32_t>().data() : nullptr;

@@ -125,6 +125,9 @@ Status GradientShape(InferenceContext* c) {
   c->set_output(1, c->Matrix(unique, s.dim));
   c->set_output(2, need_values ? s.indices : c->Vector(int64_t{0}));
   c->set_output(3, s.weighted ? c->Matrix(unique, 1) : c->Vector(int64_t{0}));
+  std::vector<ShapeHandle> field_weights;
+  TF_RETURN_IF_ERROR(c->input("field_weights", &field_weights));
+  c->set_output(4, field_weights.empty() ? c->Vector(int64_t{0}) : field_weights[0]);
   return absl::OkStatus();
 }
 
@@ -184,6 +187,8 @@ class FmInteractionGradOp : public Kernel {
     void* d_values = Allocate(ctx, 2, need_values_ ? SizesOf(in.indices) : Sizes{0});
     args.d_values = need_values_ ? d_values : nullptr;
     args.weight_rows = Allocate(ctx, 3, in.weights ? Sizes{groups.size(), 1} : Sizes{0});
+    void* d_field_weights = Allocate(ctx, 4, {in.field_weights ? in.checked.NumFieldWeights() : 0});
+    args.d_field_weights = in.field_weights ? d_field_weights : nullptr;
     FmGradient(args, pool);
   }
 
@@ -213,21 +218,24 @@ class FmUpdateOp : public Kernel {
 };
 
 // The output `penalty` is zero; its gradient, which a loss that it is added to gives, scales the penalty's.
-// Values have a type attribute of their own because there may be none of them to take it from.
+// Values and field weights have type attributes of their own because there may be none of them to take it from.
 // A table by value and a table by variable differ in their first input only.
-#define DEEPFM_ATTRS                               \
-  Attr("T: {float, double, bfloat16, half}")       \
-      .Attr("Tacc: {float, double}")               \
-      .Attr("Tvalues: {float, double} = DT_FLOAT") \
-      .Attr("Tindices: {int32, int64}")            \
-      .Attr("num_values: int >= 0")                \
-      .Attr("num_row_splits: int >= 0")            \
-      .Attr("num_weights: int >= 0")               \
-      .Attr("l2: float = 0")                       \
-      .Attr("l2_linear: float = 0")                \
-      .Attr("num_counts: int >= 0 = 0")            \
-      .Attr("output: {'sum', 'scalar', 'vector'}") \
-      .Attr("field_splits: list(int) = []")
+#define DEEPFM_ATTRS                                      \
+  Attr("T: {float, double, bfloat16, half}")              \
+      .Attr("Tacc: {float, double}")                      \
+      .Attr("Tvalues: {float, double} = DT_FLOAT")        \
+      .Attr("Tfield_weights: {float, double} = DT_FLOAT") \
+      .Attr("Tindices: {int32, int64}")                   \
+      .Attr("num_values: int >= 0")                       \
+      .Attr("num_row_splits: int >= 0")                   \
+      .Attr("num_weights: int >= 0")                      \
+      .Attr("l2: float = 0")                              \
+      .Attr("l2_linear: float = 0")                       \
+      .Attr("num_counts: int >= 0 = 0")                   \
+      .Attr("output: {'sum', 'scalar', 'vector'}")        \
+      .Attr("field_splits: list(int) = []")               \
+      .Attr("num_field_weights: int >= 0 = 0")            \
+      .Attr("order: int = 2")
 
 // Stands first in a graph that is exported with these ops: who loads it without them is told this name.
 REGISTER_OP("Import_deepfm_ops_dot_ops_before_loading_this_model")
@@ -247,7 +255,8 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Input("row_splits: num_row_splits * int64") \
       .Input("weights: num_weights * " table_type) \
       .Input("counts: num_counts * int32")         \
-      .Input("priors: num_counts * float")
+      .Input("priors: num_counts * float")         \
+      .Input("field_weights: num_field_weights * Tfield_weights")
 
 #define DEEPFM_GRADIENT_ATTRS DEEPFM_ATTRS.Attr("num_embeddings: int >= 0").Attr("num_d_embeddings: int >= 0")
 
@@ -277,6 +286,7 @@ REGISTER_KERNEL_BUILDER(Name("Import_deepfm_ops_dot_ops_before_loading_this_mode
       .Output("rows: T")                                                                                 \
       .Output("d_values: Tacc")                                                                          \
       .Output("weight_rows: T")                                                                          \
+      .Output("d_field_weights: Tacc")                                                                   \
       .SetShapeFn(GradientShape<is_resource>);                                                           \
   REGISTER_KERNEL_BUILDER(Name(prefix "FmInteraction").Device(tensorflow::DEVICE_CPU), FmInteractionOp); \
   REGISTER_KERNEL_BUILDER(Name(prefix "FmInteractionGrad").Device(tensorflow::DEVICE_CPU), FmInteractionGradOp);

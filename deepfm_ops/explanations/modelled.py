@@ -24,8 +24,12 @@ class ModelSide(Side):
             if hasattr(model, "export_scorer"):
                 hint = "; its tables are elsewhere: export_scorer it, and explain the Scorer"
             raise TypeError(f"model must be a deepfm_ops.DeepFM or a deepfm_ops.scorer.Scorer, got {what}{hint}")
-        model.show_averages()
         plan = self.plan = model.plan
+        if not all(part.is_plain for part in plan.lookups):
+            raise ValueError(
+                "explain takes a model of the plain second order, this one has an order of 3 or field_weights"
+            )
+        model.show_averages()
         self.model, self.task = model, heads.only(plan.task, "explain takes").kind
         self.bias = float(np.reshape(_array(plan.head.bias), ()))
         parts = plan.tables

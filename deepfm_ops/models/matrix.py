@@ -11,7 +11,7 @@ from deepfm_ops import arguments, heads
 from deepfm_ops.features import cells, counts
 from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.features.vocabulary import NO_TEXT
-from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+from deepfm_ops.layers import FirstOrder, FMInteraction, check_interaction, positive
 from deepfm_ops.models import recipe, resizing
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable, fitting
 from deepfm_ops.models.columns import ColumnDeepFM
@@ -36,6 +36,8 @@ class DeepFM(ConfiguredModel):
         embedding_dim: width of the embeddings, K.
         hidden_units: widths of the MLP's layers.
         use_linear, use_fm, use_deep: which parts there are.
+        order: 2, or 3 for triples of fields in the FM part; see `FMInteraction`.
+        field_weights: whether every pair of fields of the FM part has a trained weight; see there.
         dropout: rate after each hidden layer.
         activation: of the hidden layers.
         batch_norm: normalize before each activation.
@@ -94,6 +96,8 @@ class DeepFM(ConfiguredModel):
         use_linear=True,
         use_fm=True,
         use_deep=True,
+        order=2,
+        field_weights=False,
         dropout=0.0,
         activation="relu",
         batch_norm=False,
@@ -119,6 +123,9 @@ class DeepFM(ConfiguredModel):
     ):
         if not (use_linear or use_fm or use_deep):
             raise ValueError("at least one of use_linear, use_fm and use_deep must be True")
+        check_interaction(order, field_weights)
+        if not use_fm and (order != 2 or field_weights):
+            raise ValueError("order and field_weights are of the FM part: they need use_fm")
         num_fields = positive("num_fields", num_fields)
         if field_sizes is not None and len(field_sizes) != num_fields:
             raise ValueError(f"field_sizes must have num_fields = {num_fields} entries, got {len(field_sizes)}")
@@ -137,6 +144,8 @@ class DeepFM(ConfiguredModel):
             "use_linear": use_linear,
             "use_fm": use_fm,
             "use_deep": use_deep,
+            "order": order,
+            "field_weights": field_weights,
             "dropout": dropout,
             "activation": activation if isinstance(activation, str) else keras.activations.serialize(activation),
             "batch_norm": batch_norm,
@@ -172,13 +181,15 @@ class DeepFM(ConfiguredModel):
                     linear_units=plan.width if use_linear else 1,
                     output="vector" if plan.width > 1 else "scalar",
                     return_embeddings=True,
+                    order=order,
+                    field_weights=field_weights,
                     embeddings_initializer=embeddings_initializer,
                     **penalties.of_table(),
                     name="fm",
                     **shared,
                 )
                 embeddings, interaction, *linear = fm(inputs)
-                plan.lookups.append(Lookup(fm, sizes, use_linear))
+                plan.lookups.append(Lookup(fm, sizes, use_linear, is_plain=order == 2 and not field_weights))
                 parts += [*linear, second_order(interaction, plan, seed)] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
             else:

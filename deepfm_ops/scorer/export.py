@@ -30,8 +30,8 @@ def export_scorer(model, path, table="float32", *, features=None, shards=None):
 
     Raises:
         TypeError: a model that is none of these.
-        ValueError: an activation or a transform_fn that the scorer does not have, a dictionary that does not fit, rows
-            that int8 cannot hold, or a number of shards that cannot be.
+        ValueError: an activation, a transform_fn, an order of 3 or field weights, which the scorer does not have, a
+            dictionary that does not fit, rows that int8 cannot hold, or a number of shards that cannot be.
 
     """
     if not isinstance(model, ConfiguredModel):
@@ -110,6 +110,10 @@ def described(model, table, features=None, num_features=None):
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     features = getattr(model, "features", None) if features is None else fitting(model, features, num_features)
     plan, arrays = model.plan, {}
+    if not all(part.is_plain for part in plan.lookups):
+        raise ValueError(
+            "the scorer has the plain second order alone; this model has an order of 3 or field_weights: use export"
+        )
     known = isinstance(plan.activation, str) and plan.activation in ACTIVATIONS
     if plan.hidden and not known:
         known = ", ".join(ACTIVATIONS)

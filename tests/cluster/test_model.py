@@ -220,6 +220,8 @@ KINDS = {
     "bfloat16": {"dtype": "bfloat16"},
     "mixed": {"dtype": "mixed_bfloat16"},
     "penalties": {"l2_linear": 0.1, "l2_embedding": 0.1, "l2_deep": 0.1},
+    "order 3, no deep": {"order": 3, "use_deep": False},
+    "field weights, no deep": {"field_weights": True, "use_deep": False},
 }
 
 

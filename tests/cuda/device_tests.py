@@ -229,6 +229,7 @@ def test_errors_of_the_gradient(rng):
                 weights=[],
                 counts=[],
                 priors=[],
+                field_weights=[],
                 sums=tf.zeros((b, 4)),
                 embeddings=[],
                 d_interaction=tf.ones((b, 1)),
@@ -386,3 +387,12 @@ def test_keras_does_not_compile_these_models_with_xla():
     model = DeepFM(num_features=V, num_fields=3, hidden_units=(4,), seed=1)
     model.compile(optimizers.LazyAdam(1e-3), "binary_crossentropy")
     assert not model.jit_compile
+
+
+def test_other_interactions_are_for_the_cpu(rng):
+    """Natively refused on the device, so that the reference computes them there."""
+    table, indices = on("/GPU:0", rng.normal(size=(V, 4))), rng.integers(0, V, (5, 3))
+    pairs = arguments.parse(table, indices, None, None, "scalar")[1]
+    assert ops.native_for(table) is not None and ops.native_for(table, is_plain=False) is None
+    with pytest.raises(ValueError, match="there is no kernel for an order of 3 or field weights on a GPU"):
+        ops.interaction(table, pairs, "scalar", order=3, backend="native")

@@ -45,20 +45,33 @@ def added(places, summands, size):
     return sums, sizes
 
 
-def forward(table, batch, output, weights=None):
+def before(batch, field):
+    """The fields of its sample that stand before a field."""
+    return (batch.sample_of_field[:field] == batch.sample_of_field[field]).nonzero()[0]
+
+
+def forward(table, batch, output, weights=None, order=2, field_weights=None):
     """{name: (result, size)} of the interaction, the sums, the embeddings, and the linear part of the weights."""
     table, x = np.asarray(table, np.float64), batch.values[:, None]
     embeddings = added(batch.field_of_pair, x * table[batch.indices], len(batch.sample_of_field))
     sums = added(batch.sample_of_field, embeddings[0], batch.num_samples)
     size = added(batch.sample_of_field, embeddings[1], batch.num_samples)[0]
-    vector = np.zeros_like(size)
-    for field, sample in enumerate(batch.sample_of_field):  # all pairs of fields: with those that stand before
-        earlier = (batch.sample_of_field[:field] == sample).nonzero()[0]
-        vector[sample] += embeddings[0][field] * embeddings[0][earlier].sum(0)
+    vector, e = np.zeros_like(size), embeddings[0]
+    pairs = np.zeros_like(e)  # sums over the pairs of fields that stand before a field
+    for field, sample in enumerate(batch.sample_of_field):  # all pairs and triples of fields: with those before
+        earlier = before(batch, field)
+        n = len(earlier)
+        r = np.ones((n, 1)) if field_weights is None else field_weights[n * (n - 1) // 2 :][:n, None]
+        vector[sample] += e[field] * (r * e[earlier]).sum(0)
+        if order == 3:
+            pairs[field] = sum((e[i] * e[before(batch, i)].sum(0) for i in earlier), np.zeros(e.shape[1]))
+            vector[sample] += e[field] * pairs[field]
+    largest = size**2 * (1 if field_weights is None else np.abs(field_weights).max(initial=1))
+    largest = largest + size**3 if order == 3 else largest
     interaction = {
         "sum": (sums[0], size),
-        "vector": (vector, size**2),
-        "scalar": (vector.sum(1, keepdims=True), (size**2).sum(1, keepdims=True)),
+        "vector": (vector, largest),
+        "scalar": (vector.sum(1, keepdims=True), largest.sum(1, keepdims=True)),
     }[output]
     found = {"interaction": interaction, "sums": (sums[0], size), "embeddings": embeddings}
     if weights is not None:
@@ -69,8 +82,9 @@ def forward(table, batch, output, weights=None):
 
 
 def gradient(
-    table, batch, output, sums, embeddings, d_interaction, d_embeddings=None, weights=None, d_linear=None, pull=(0, 0)
-):
+    table, batch, output, sums, embeddings, d_interaction, d_embeddings=None, weights=None, d_linear=None, pull=(0, 0),
+    order=2, field_weights=None,
+):  # fmt: skip
     """{name: (result, size)} of the unique rows and their gradient, of the weights' and of the values'.
 
     Sums [B, K] and embeddings [fields, K] are taken as they were computed. `pull` times a row, and times a weight, is
@@ -85,6 +99,9 @@ def gradient(
         s = np.asarray(sums, np.float64)[batch.sample_of_pair]
         e = np.asarray(embeddings, np.float64)[batch.field_of_pair]
         d, size = g * (s - e), np.abs(g) * (np.abs(s) + np.abs(e))
+        if order == 3 or field_weights is not None:
+            by_fields, sizes = _by_fields(batch, np.asarray(embeddings, np.float64), field_weights)
+            d, size = g * by_fields[batch.field_of_pair], np.abs(g) * sizes[batch.field_of_pair]
     if d_embeddings is not None:
         de = np.asarray(d_embeddings, np.float64)[batch.field_of_pair]
         d, size = d + de, size + np.abs(de)
@@ -102,6 +119,27 @@ def gradient(
         values, value_sizes = values + linear, value_sizes + np.abs(linear)
     found["values"] = values, value_sizes
     return found
+
+
+def _by_fields(batch, e, field_weights):
+    """(derivatives of the interaction by each field's embedding, their sizes), of an order of 3 or with weights."""
+    found, sizes = np.zeros_like(e), np.zeros_like(e)
+    for sample in range(batch.num_samples):
+        fields = (batch.sample_of_field == sample).nonzero()[0]
+        for f, field in enumerate(fields):
+            others = [(h, other) for h, other in enumerate(fields) if h != f]
+            size = np.abs(e[fields]).sum(0)
+            if field_weights is None:
+                done = np.zeros(e.shape[1])
+                for _, other in others:
+                    found[field] += e[other] + e[other] * done
+                    done += e[other]
+                sizes[field] = size + 2 * size**2
+            else:
+                r = [field_weights[max(f, h) * (max(f, h) - 1) // 2 + min(f, h)] for h, _ in others]
+                found[field] = sum((w * e[o] for w, (_, o) in zip(r, others, strict=True)), np.zeros(e.shape[1]))
+                sizes[field] = size * np.abs(r).max(initial=1)
+    return found, sizes
 
 
 def first_bad(indices, num_rows):

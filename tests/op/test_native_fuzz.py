@@ -80,6 +80,11 @@ def test_forward_and_gradient(rng):
     indices, values, row_splits, field_splits = random_pairs(rng, len(table), acc, ragged, chance(rng, 0.5))
     output = str(rng.choice(["scalar", "vector", "sum"]))
     options = {"row_splits": row_splits, "field_splits": field_splits, "output": output}
+    kind = {"order": 3} if chance(rng, 0.2) else {}
+    if not kind and not ragged and chance(rng, 0.25):
+        fields = indices.shape[1] if field_splits is None else len(field_splits) - 1
+        kind = {"field_weights": rng.normal(size=fields * (fields - 1) // 2).astype(acc)}
+    options |= kind
     return_embeddings = chance(rng, 0.5)
 
     def forward(indices, threads, return_embeddings=return_embeddings):
@@ -102,8 +107,9 @@ def test_forward_and_gradient(rng):
             samples = indices.shape[0] if row_splits is None else len(row_splits) - 1
             shape = (samples, 1 if output == "scalar" else table.shape[1])
             sums, g, fields = np.zeros((samples, table.shape[1]), acc), np.zeros(shape, acc), options
-            if field_splits:
-                e = np.zeros((samples, len(field_splits) - 1, table.shape[1]), acc)
+            if field_splits or kind:
+                shape = (samples, indices.shape[-1] if field_splits is None else len(field_splits) - 1)
+                e = np.zeros((*(indices.shape if ragged else shape), table.shape[1]), acc)
                 fields = {**options, "embeddings": e}
             with pytest.raises(IndexError, match=message):
                 kernels.fm_gradient(given, bad, values, sums, g, threads=int(rng.integers(1, 5)), **fields)
@@ -112,11 +118,11 @@ def test_forward_and_gradient(rng):
     threads = int(rng.integers(1, 5))
     y, sums, embeddings, linear = forward(indices, threads)
     batch = oracle.batch(indices, values, row_splits, field_splits)
-    found = oracle.forward(table, batch, output, weights)
+    found = oracle.forward(table, batch, output, weights, **kind)
     terms = int(np.bincount(batch.sample_of_pair, minlength=1).max()) + table.shape[1]
     if dtype == "uint8":  # a number is a product and a sum, whose sizes the table does not show
         sized = oracle.forward(
-            np.repeat(sizes[:, None], table.shape[1], 1), batch._replace(values=abs(batch.values)), output
+            np.repeat(sizes[:, None], table.shape[1], 1), batch._replace(values=abs(batch.values)), output, **kind
         )
         found = {name: (want, sized[name][1] if name in sized else size) for name, (want, size) in found.items()}
     assert y.dtype == sums.dtype == acc
@@ -138,22 +144,30 @@ def test_forward_and_gradient(rng):
     if chance(rng, 0.5):
         de = rng.normal(size=embeddings.shape).astype(acc)
     need_values = chance(rng, 0.5)
-    given_embeddings = embeddings if field_splits is not None or chance(rng, 0.3) else None
+    given_embeddings = embeddings if field_splits is not None or kind or chance(rng, 0.3) else None
     options |= {"embeddings": given_embeddings, "d_embeddings": de, "need_values": need_values}
     results = kernels.fm_gradient(given, indices, values, sums, g, threads=threads, **options)
     flat = [None if x is None else x.reshape(-1, table.shape[1]) for x in (embeddings, de)]
     if field_splits is None:  # exact, where the kernel has the product of a row and a value
         flat[0] = batch.values[:, None] * table.astype(np.float64)[batch.indices]
-    found = oracle.gradient(table, batch, output, sums, flat[0], g, flat[1])
-    unique, rows, d_values = results
+    found = oracle.gradient(table, batch, output, sums, flat[0], g, flat[1], **kind)
+    unique, rows, d_values, *d_field_weights = results
     np.testing.assert_array_equal(unique, found["unique"][0])
     assert rows.dtype == table.dtype and unique.dtype == np.int64
     most = int(np.bincount(batch.indices, minlength=1).max())
+    if kind:
+        most += terms
     close(rows, found["rows"], most, acc, dtype)
+    if d_field_weights and output != "sum":
+        e = embeddings.astype(np.float64)
+        products = np.einsum("bfk,bhk->fh", e * g.astype(np.float64)[:, None], e)
+        sizes = np.einsum("bfk,bhk->fh", np.abs(e * g[:, None]), np.abs(e))
+        below = np.tril_indices(e.shape[1], -1)
+        close(d_field_weights[0], (products[below], sizes[below]), len(e) + terms, acc)
     assert (d_values is None) == (not need_values)
     if need_values:
         assert d_values.shape == indices.shape
-        close(d_values, found["values"], table.shape[1], acc)
+        close(d_values, found["values"], table.shape[1] + (terms if kind else 0), acc)
     again = kernels.fm_gradient(given, indices, values, sums, g, threads=1, **options)
     for one, other in zip(again, results, strict=True):
         assert (one is None and other is None) or one.tobytes() == other.tobytes()

@@ -498,6 +498,7 @@ def test_raw_op_rejects_what_python_would_have_caught():
         "weights": [],
         "counts": [],
         "priors": [],
+        "field_weights": [],
     }
     good |= {"Tacc": tf.float32, "output": "scalar", "field_splits": [], "return_embeddings": False}
     assert native.deepfm_ops_fm_interaction(**good).interaction.shape == (1, 1)

@@ -65,6 +65,7 @@ class FmInteractionGradGpuOp : public StreamKernel {
     else
       call->Allocate(3, {0});
     args.weight_rows = in.weights ? MutableData(&weight_rows) : nullptr;
+    call->Allocate(4, {0});  // there are no field weights here
     cuda::FmGradient(args, scalars, groups, call->report(), &call->memory, call->stream());
     const Tensor unique = call->memory.At(groups.rows, tensorflow::DT_INT64, in.shape.num_pairs);
     const bool has_weights = in.weights;
