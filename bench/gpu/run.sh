@@ -50,6 +50,7 @@ fi
 limit=110
 [ -n "$EMULATED" ] && limit=300  # it is compiled first
 tests=(-m pytest -q -p no:cacheprovider --confcutdir=tests/cuda tests/cuda/test_cases.py)
+[ -n "$EMULATED" ] && tests+=(tests/cuda/test_dlpack.py)
 has pytest && has ml_dtypes && step tests $limit $PYTHON "${tests[@]}"
 if [ -z "$EMULATED" ] && command -v compute-sanitizer >/dev/null && has pytest; then
   for tool in memcheck racecheck; do

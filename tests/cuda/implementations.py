@@ -23,9 +23,6 @@ class Cpu:
     to = staticmethod(lambda array: array)  # of its library
     back = staticmethod(lambda array: array)
 
-    def report(self, table):
-        raise NotImplementedError("NumPy's calls raise at once")
-
     def call(self, name, *arguments, **options):
         return getattr(kernels, name)(*arguments, **options)
 
@@ -60,9 +57,6 @@ class Emulated(Cpu):
     back = staticmethod(lambda tensor: tensor.array)
     module = functools.cached_property(lambda self: emulated_module.load())
 
-    def report(self, table):
-        return kernels.Report(self.to(table), self.module)
-
     def call(self, name, *arguments, **options):
         return kernels.call_on_gpu(self.module, name, *arguments, **options)
 
@@ -86,9 +80,6 @@ class Gpu(Cpu):
         if tensor.dtype == torch.bfloat16:
             return tensor.cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.cpu().numpy()
-
-    def report(self, table):
-        return kernels.Report(self.to(table))
 
 
 ALL = [Gpu()] if os.environ.get("DEEPFM_OPS_TEST_GPU") == "1" else [Cpu(), Emulated()]

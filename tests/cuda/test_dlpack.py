@@ -224,7 +224,7 @@ def test_numpy_through_the_emulation(data):
 
 
 def test_pytorch(data):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is no dependency; bench/gpu/run.sh --emulated runs this")
     table, indices, values = (torch.from_numpy(x.array.copy()) for x in data)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
         narrow = table.to(dtype, copy=True)
