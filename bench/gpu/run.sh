@@ -5,8 +5,8 @@
 #   bash bench/gpu/run.sh --emulated   the same steps on small shapes, without a GPU; writes build/gpu/RESULTS.md
 #
 # Needs nvcc, and in the environment of $PYTHON (default: python3) PyTorch, NumPy, setuptools and pybind11; TensorFlow is
-# not asked for. pytest and ml_dtypes, for the tests, and FBGEMM, a peer, are installed into build/gpu/packages if they
-# are not there and can be had.
+# not asked for. pytest and ml_dtypes, for the tests, setuptools from 77 on, and FBGEMM, a peer, are installed into
+# build/gpu/packages if they are not there and can be had.
 set -u
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -33,10 +33,13 @@ step() {
 }
 
 has() { $PYTHON -c "import $1" 2>/dev/null; }
+install() { step "install-${1%%[<>=]*}" 30 $PYTHON -m pip install -q --upgrade --target $OUT/packages "$1"; }
 
 for package in pytest ml_dtypes; do
-  has $package || step "install-$package" 30 $PYTHON -m pip install -q --target $OUT/packages $package
+  has $package || install $package
 done
+# What reads pyproject.toml's licence as it is written there.
+$PYTHON -c "import setuptools; assert int(setuptools.__version__.split('.')[0]) >= 77" 2>/dev/null || install "setuptools>=77"
 export DEEPFM_OPS_BUILD=kernels
 if [ -z "$EMULATED" ]; then
   export DEEPFM_OPS_TEST_GPU=1 DEEPFM_OPS_CUDA=1
