@@ -140,7 +140,7 @@ ISA_fm_cpu_avx2 := -mavx2 -mfma -mf16c
 ISA_fm_cpu_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c
 
 define FUZZ
-build/$(1)/%.o: %.cc $(SOURCES) tests/native/fuzz.h
+build/$(1)/%.o: %.cc $(SOURCES) $(wildcard tests/native/*.h)
 	@mkdir -p build/$(1)
 	$$(CXX) -std=c++17 -O1 -g1 -Wall -DDEEPFM_MAX_VECS=2 $$(ISA_$$*) $$(FLAGS_$(1)) -c $$< -o $$@
 build/$(1)/fuzz: $$(call OBJECTS_OF,$(1),kernels)
@@ -155,7 +155,7 @@ CUDA_CASES = $(shell expr $(CASES) / 20)
 CUDA_FLAGS_tsan := -DDEEPFM_EMULATE_WITH_THREADS
 
 define FUZZ_CUDA
-build/$(1)/cuda/%.o: % $(SOURCES) tests/native/fuzz.h
+build/$(1)/cuda/%.o: % $(SOURCES) $(wildcard tests/native/*.h)
 	@mkdir -p $$(dir $$@)
 	$$(CXX) -std=c++17 -O1 -g1 -Wall $$(FLAGS_$(1)) $$(CUDA_FLAGS_$(1)) -x c++ -c $$< -o $$@
 build/$(1)/fuzz_cuda: $(patsubst %,build/$(1)/cuda/%.o,$(wildcard csrc/cuda/*.cu) tests/native/fuzz_cuda.cc)

@@ -10,6 +10,7 @@
 #include "../../csrc/kernels/fm.h"
 #include "../../csrc/kernels/top_products.h"
 #include "../../csrc/python/thread_pool.h"
+#include "definition.h"
 #include "fuzz.h"
 
 namespace deepfm {
@@ -324,53 +325,17 @@ void Case(const char* where, const Parallel& parallel) {
   EXPECT(interaction.Intact() && sums.Intact() && embeddings.Intact() && linear.Intact(), "B=%ld K=%ld", long(B),
          long(K));
 
-  // The same in double, by the definition.
-  auto field_of = [&](int64_t p, int64_t b) {
-    if (!pooled) return p;
-    const int64_t position = p - b * P;
-    int64_t field = 0;
-    while (field_splits[field + 1] <= position) ++field;
-    return b * F + field;
-  };
-  std::vector<double> e(num_embeddings * K), s(B * K), q(B * K), d(num_embeddings * K);
-  std::vector<int64_t> sample(n);
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t begin = ragged ? row_splits[b] : b * P, end = ragged ? row_splits[b + 1] : b * P + P;
-    for (int64_t p = begin; p < end; ++p) {
-      sample[p] = b;
-      for (int64_t k = 0; k < K; ++k)
-        e[field_of(p, b) * K + k] += (with_values ? values.data[p] : 1) * D::Read(table.data[indices.data[p] * K + k]);
-    }
-    const int64_t from = ragged ? begin : b * F, to = ragged ? end : b * F + F;
-    for (int64_t i = from; i < to; ++i) {
-      for (int64_t k = 0; k < K; ++k) {
-        s[b * K + k] += e[i * K + k];
-        q[b * K + k] += e[i * K + k] * e[i * K + k];
-      }
-    }
-  }
+  const Definition want_of(
+      shape, [&](int64_t p) { return with_values ? static_cast<double>(values.data[p]) : 1.0; },
+      [&](int64_t p, int64_t k) { return D::Read(table.data[indices.data[p] * K + k]); });
+  const std::vector<double>&e = want_of.e, &s = want_of.s;
   const double eps = sizeof(A) == 4 ? 2e-6 : 1e-14;
   const double scale = 4.0 * (P + 1) * (P + 1) * (K + 1);  // |x| <= 2, |T| <= 1
   auto close = [&](double got, double want, double factor) { return std::fabs(got - want) <= eps * scale * factor; };
-  for (int64_t b = 0; b < B; ++b) {
-    double scalar = 0;
-    for (int64_t k = 0; k < K; ++k) {
-      const double v = 0.5 * (s[b * K + k] * s[b * K + k] - q[b * K + k]);
-      scalar += v;
-      EXPECT(close(sums.data[b * K + k], s[b * K + k], 1), "sums b=%ld k=%ld K=%ld", long(b), long(k), long(K));
-      if (output == Output::kScalar) continue;
-      const double want = output == Output::kSum ? s[b * K + k] : v;
-      EXPECT(close(interaction.data[b * K + k], want, 1), "b=%ld k=%ld K=%ld", long(b), long(k), long(K));
-    }
-    if (output == Output::kScalar) EXPECT(close(interaction.data[b], scalar, 1), "b=%ld K=%ld", long(b), long(K));
-  }
-  for (int64_t b = 0; with_weights && b < B; ++b) {
-    double want = 0;
-    for (int64_t p = ragged ? row_splits[b] : b * P; p < (ragged ? row_splits[b + 1] : b * P + P); ++p)
-      want += (with_values ? values.data[p] : 1) * D::Read(weights.data[indices.data[p]]);
-    EXPECT(close(linear.data[b], want, 1), "linear b=%ld", long(b));
-  }
-  for (int64_t i = 0; i < embeddings.size; ++i) EXPECT(close(embeddings.data[i], e[i], 1), "embeddings %ld", long(i));
+  want_of.Check(where, output, interaction.data.data(), sums.data.data(), close);
+  want_of.CheckEmbeddings(where, embeddings.data.data(), embeddings.size, close);
+  auto weight = [&](int64_t p) { return D::Read(weights.data[indices.data[p]]); };
+  if (with_weights) want_of.CheckLinear(where, linear.data.data(), weight, close);
 
   // Gradient.
   RowGroups groups;
@@ -414,7 +379,7 @@ void Case(const char* where, const Parallel& parallel) {
   std::vector<double> want(V * K), want_weights(V);
   std::vector<int64_t> count(V);
   for (int64_t p = 0; p < n; ++p) {
-    const int64_t b = sample[p], i = field_of(p, b);
+    const int64_t b = want_of.sample[p], i = want_of.FieldOf(p);
     const double x = with_values ? values.data[p] : 1;
     double dot = 0;
     ++count[indices.data[p]];

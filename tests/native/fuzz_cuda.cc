@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/fm_cuda.h"
+#include "definition.h"
 #include "fuzz.h"
 
 namespace deepfm {
@@ -468,46 +469,15 @@ void Case(const char* where) {
   forward(found, &report);
   EXPECT(Good(report), "n=%ld V=%ld", long(n), long(V));
 
-  // The same in double, by the definition.
-  auto field_of = [&](int64_t p, int64_t b) {
-    if (!pooled) return p;
-    int64_t field = 0;
-    while (field_splits[field + 1] <= p - b * P) ++field;
-    return b * F + field;
-  };
-  std::vector<double> e(num_embeddings * K), s(B * K), q(B * K), linear(B);
-  std::vector<int64_t> sample(n);
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t begin = ragged ? row_splits[b] : b * P, end = ragged ? row_splits[b + 1] : b * P + P;
-    for (int64_t p = begin; p < end; ++p) {
-      sample[p] = b;
-      if (with_weights) linear[b] += value(p) * D::Read(weights[indices[p]]);
-      for (int64_t k = 0; k < K; ++k) e[field_of(p, b) * K + k] += value(p) * D::Read(table[indices[p] * K + k]);
-    }
-    for (int64_t i = ragged ? begin : b * F; i < (ragged ? end : b * F + F); ++i) {
-      for (int64_t k = 0; k < K; ++k) {
-        s[b * K + k] += e[i * K + k];
-        q[b * K + k] += e[i * K + k] * e[i * K + k];
-      }
-    }
-  }
+  const Definition want_of(shape, value,
+                           [&](int64_t p, int64_t k) { return D::Read(table[indices[p] * K + k]); });
+  const std::vector<double>&e = want_of.e, &s = want_of.s;
   const double scale = 8e-6 * static_cast<double>((P + 1) * (P + 1) * (K + 1));  // |x| <= 2, |T| <= 1
   auto close = [&](double got, double want, double factor) { return std::fabs(got - want) <= scale * factor; };
-  for (int64_t b = 0; b < B; ++b) {
-    double scalar = 0;
-    for (int64_t k = 0; k < K; ++k) {
-      const double v = 0.5 * (s[b * K + k] * s[b * K + k] - q[b * K + k]);
-      scalar += v;
-      EXPECT(close(found.sums[b * K + k], s[b * K + k], 1), "sums b=%ld k=%ld K=%ld", long(b), long(k), long(K));
-      if (output == Output::kScalar) continue;
-      const double want = output == Output::kSum ? s[b * K + k] : v;
-      EXPECT(close(found.interaction[b * K + k], want, 1), "b=%ld k=%ld K=%ld", long(b), long(k), long(K));
-    }
-    if (output == Output::kScalar) EXPECT(close(found.interaction[b], scalar, 1), "b=%ld K=%ld", long(b), long(K));
-    if (with_weights) EXPECT(close(found.linear[b], linear[b], 1), "linear b=%ld", long(b));
-  }
-  for (int64_t i = 0; i < found.embeddings.size(); ++i)
-    EXPECT(close(found.embeddings[i], e[i], 1), "embeddings %ld", long(i));
+  want_of.Check(where, output, found.interaction.data(), found.sums.data(), close);
+  want_of.CheckEmbeddings(where, found.embeddings.data(), found.embeddings.size(), close);
+  auto weight = [&](int64_t p) { return D::Read(weights[indices[p]]); };
+  if (with_weights) want_of.CheckLinear(where, found.linear.data(), weight, close);
 
   const Groups groups = GroupRows(indices.data(), TypeOf(I{}), n, V, &report, &memory, kStream);
   EXPECT(Good(report), "n=%ld V=%ld", long(n), long(V));
@@ -575,7 +545,7 @@ void Case(const char* where) {
   std::vector<double> want(V * K), want_weights(V), share(V);
   std::vector<int64_t> count(V);
   for (int64_t p = 0; p < n; ++p) {
-    const int64_t b = sample[p], i = field_of(p, b), row = indices[p];
+    const int64_t b = want_of.sample[p], i = want_of.FieldOf(p), row = indices[p];
     double dot = 0;
     ++count[row];
     for (int64_t k = 0; k < K; ++k) {
