@@ -364,12 +364,13 @@ def deepfm(machine, case):
 
         return step
 
-    first = torch.optim.Adam(deep.parameters(), 1e-3, fused=not machine.emulated)
+    alone = deep_part(case, machine.device)
+    of_alone = torch.optim.Adam(alone.parameters(), 1e-3, fused=not machine.emulated)
 
     def mlp_alone(n):
-        first.zero_grad()
-        F.binary_cross_entropy_with_logits(deep(inputs), labels).backward()
-        first.step()
+        of_alone.zero_grad()
+        F.binary_cross_entropy_with_logits(alone(inputs), labels).backward()
+        of_alone.step()
 
     inputs = torch.randn(case.batch, case.fields * case.dim, device=machine.device)
     times = machine.take_turns(
