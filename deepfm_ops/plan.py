@@ -26,7 +26,6 @@ class Lookup:
         linear: whether its first order is added up too.
         encoder: number of the encoder that makes the pairs; None: indices and values are the model's own inputs.
         spans: of fields that are then pooled by maximum, [(number of fields, whether to pool them)], or None.
-        is_plain: whether the interaction of its fields is the plain second order: no order of 3, no field weights.
 
     """
 
@@ -35,7 +34,6 @@ class Lookup:
     linear: bool = False
     encoder: int | None = None
     spans: list | None = None
-    is_plain: bool = True
 
 
 @dataclasses.dataclass
@@ -52,6 +50,9 @@ class Plan:
         lookups: lookups of embeddings.
         second_order: numbers of lookups, for the interaction of all their fields, or lists of the (lookup, field) that
             interact.
+        order: of their interactions, 2, or 3 with triples of fields.
+        field_weights: the source of the weights of pairs of fields of each second order, where they have them; else
+            none.
         projections: for more than one number, the source of a kernel [K, H] of each second order; else none.
         linear_dense, linear_kernel: dense columns of the first order, and the source of their kernel.
         deep_dense: dense columns that enter the deep part after the embeddings.
@@ -69,6 +70,8 @@ class Plan:
     first_orders: list[Lookup] = dataclasses.field(default_factory=list)
     lookups: list[Lookup] = dataclasses.field(default_factory=list)
     second_order: list = dataclasses.field(default_factory=list)
+    order: int = 2
+    field_weights: list = dataclasses.field(default_factory=list)
     projections: list = dataclasses.field(default_factory=list)
     linear_dense: list = dataclasses.field(default_factory=list)
     linear_kernel: Any = None
@@ -81,6 +84,11 @@ class Plan:
     def width(self):
         """H, the numbers of a sample."""
         return heads.width(self.task)
+
+    @property
+    def is_plain(self):
+        """Whether pairs of fields interact, without weights."""
+        return self.order == 2 and not self.field_weights
 
     @property
     def tables(self):
@@ -96,6 +104,7 @@ class Plan:
             head=change(self.head),
             first_orders=moved(self.first_orders),
             lookups=moved(self.lookups),
+            field_weights=list(map(change, self.field_weights)),
             projections=list(map(change, self.projections)),
             linear_kernel=optional(self.linear_kernel),
             hidden=[(change(layer), optional(norm)) for layer, norm in self.hidden],

@@ -268,7 +268,7 @@ class Steps:
         """Whether sums can stand for rows, and are less: [B, 2K + 1] numbers of each server, instead of the rows."""
         plan, clips = self.template.plan, [getattr(part, name) for part in self.parts for name in _CLIPS]
         is_fm = bool(plan.second_order) and plan.deep is None and set(self.source.field_sizes) == {1}
-        is_fm = is_fm and plan.lookups[0].is_plain
+        is_fm = is_fm and plan.is_plain
         is_fm = is_fm and {self.source.compute_dtype, *(table.dtype for table in self.tables)} == {"float32"}
         return is_fm and plan.width == 1 and len(self.servers) <= MOST_SUMS and not any(clips)
 

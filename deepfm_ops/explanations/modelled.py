@@ -25,7 +25,7 @@ class ModelSide(Side):
                 hint = "; its tables are elsewhere: export_scorer it, and explain the Scorer"
             raise TypeError(f"model must be a deepfm_ops.DeepFM or a deepfm_ops.scorer.Scorer, got {what}{hint}")
         plan = self.plan = model.plan
-        if not all(part.is_plain for part in plan.lookups):
+        if not plan.is_plain:
             raise ValueError(
                 "explain takes a model of the plain second order, this one has an order of 3 or field_weights"
             )

@@ -171,7 +171,7 @@ class DeepFM(ConfiguredModel):
             )
             sizes = list(field_sizes or [1] * num_fields)
             shared = {"field_sizes": sizes, "backend": backend}
-            parts, plan = [], Plan(task)
+            parts, plan = [], Plan(task, order=order)
             if use_fm or use_deep:
                 fm = FMInteraction(
                     num_features,
@@ -189,9 +189,10 @@ class DeepFM(ConfiguredModel):
                     **shared,
                 )
                 embeddings, interaction, *linear = fm(inputs)
-                plan.lookups.append(Lookup(fm, sizes, use_linear, is_plain=order == 2 and not field_weights))
+                plan.lookups.append(Lookup(fm, sizes, use_linear))
                 parts += [*linear, second_order(interaction, plan, seed)] if use_fm else linear
                 plan.second_order += [0] if use_fm else []
+                plan.field_weights += [fm] if field_weights else []
             else:
                 options = {**penalties.of_weights(), "units": plan.width}
                 first_order = FirstOrder(num_features, **options, name="first_order", **shared)

@@ -110,7 +110,7 @@ def described(model, table, features=None, num_features=None):
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     features = getattr(model, "features", None) if features is None else fitting(model, features, num_features)
     plan, arrays = model.plan, {}
-    if not all(part.is_plain for part in plan.lookups):
+    if not plan.is_plain:
         raise ValueError(
             "the scorer has the plain second order alone; this model has an order of 3 or field_weights: use export"
         )

@@ -191,7 +191,7 @@ def test_saved_exported_and_cloned(options, tmp_path):
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     np.testing.assert_array_equal(clone.predict(x, verbose=0), want)
-    assert not clone.plan.lookups[0].is_plain
+    assert not clone.plan.is_plain
     model.export(str(tmp_path / "exported"), verbose=False)
     served = tf.saved_model.load(str(tmp_path / "exported"))
     np.testing.assert_allclose(served.serve((tf.constant(x[0]), tf.constant(x[1]))), want, rtol=1e-5, atol=1e-6)
