@@ -71,7 +71,7 @@ class Best {
 }  // namespace
 
 void TopProducts(const TopProductsArgs& args, const Parallel& parallel) {
-  const int64_t n = args.chosen ? args.num_chosen : args.num_rows, queries = args.num_queries;
+  const int64_t n = args.num_chosen < 0 ? args.num_rows : args.num_chosen, queries = args.num_queries;
   const int64_t most = std::min(args.k, n);
   std::fill_n(args.first_nan, queries, int64_t{-1});
   if (most == 0 || queries == 0) return;

@@ -18,8 +18,8 @@ namespace deepfm {
 struct TopProductsArgs {
   const float* rows = nullptr;  // [num_rows, dim]
   int64_t num_rows = 0, dim = 0;
-  const int64_t* chosen = nullptr;  // [n], ascending, each in [0, num_rows); or null: all rows
-  int64_t num_chosen = 0;           // n
+  const int64_t* chosen = nullptr;  // [n], ascending, each in [0, num_rows)
+  int64_t num_chosen = -1;          // n; below 0: all rows, and chosen is null
   const float* queries = nullptr;   // [num_queries, dim]
   int64_t num_queries = 0;
   int64_t k = 0;

@@ -516,7 +516,7 @@ void TopProductsCase(const char* where, const Parallel& parallel) {
   a.num_rows = n;
   a.dim = dim;
   a.chosen = some ? chosen.data() : nullptr;
-  a.num_chosen = some ? count : 0;
+  a.num_chosen = some ? count : -1;
   a.queries = query.data.data();
   a.num_queries = queries;
   a.k = k;
