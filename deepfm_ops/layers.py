@@ -204,14 +204,27 @@ class _SparseLayer(keras.layers.Layer):
         }
 
 
-def check_interaction(order, field_weights):
+def check_interaction(order, field_weights, use_fm=True):
     """Raises ValueError for options of an interaction that do not fit."""
     if isinstance(order, bool) or order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order!r}")
     if not isinstance(field_weights, bool):
         raise ValueError(f"field_weights must be True or False, got {field_weights!r}")
+    if not use_fm and (order != 2 or field_weights):
+        raise ValueError("order and field_weights are of the FM part: they need use_fm")
     if field_weights and order != 2:
         raise ValueError("field_weights weight pairs of fields: they need order=2, got order=3")
+
+
+def add_field_weights(layer, num_fields):
+    """The variable of a layer with the weight of each pair of its fields, [F (F - 1) / 2], ones at first."""
+    return layer.add_weight(
+        name="field_weights",
+        shape=(num_fields * (num_fields - 1) // 2,),
+        dtype=arguments.accumulation_dtype(tf.as_dtype(layer.variable_dtype)).name,
+        initializer="ones",
+        autocast=False,
+    )
 
 
 def deviation(name, number):
@@ -445,13 +458,7 @@ class FMInteraction(_SparseLayer):
                 raise ValueError(
                     "field_weights need a fixed number of fields: give field_sizes, or indices [B, F] with a known F"
                 )
-            self.field_weights = self.add_weight(
-                name="field_weights",
-                shape=(self._num_fields * (self._num_fields - 1) // 2,),
-                dtype=arguments.accumulation_dtype(tf.as_dtype(self.variable_dtype)).name,
-                initializer="ones",
-                autocast=False,
-            )
+            self.field_weights = add_field_weights(self, self._num_fields)
 
     def call(self, inputs, training=False):
         weights, apart = None if self.w is None else self.w.value, None

@@ -86,7 +86,7 @@ def interaction(
         return_embeddings: also return them.
         weights: first-order weights [V, 1], a variable if the table is one; None: no first order.
         penalty: `reference.Penalty`.
-        order: 2 or 3, see `reference.formula`.
+        order: 2 or 3, see `reference.interact`.
         field_weights: None, or those of an order of 2, of dense indices, of the dtype of the sums; see there.
         backend: "auto", "native" or "reference".
 

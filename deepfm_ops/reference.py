@@ -66,7 +66,7 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
         weights: first-order weights, tf.Variable or Tensor [V, 1], or None.
         penalty: `Penalty`.
         forward_only: read a row where it occurs. Faster, but gradients would repeat rows, and there is no penalty.
-        **kind: `order` and `field_weights`, see `formula`.
+        **kind: `order` and `field_weights`, see `interact`.
 
     Returns:
         interaction: [B, 1] for "scalar", else [B, K]; float64 for a float64 table, else float32.
@@ -97,6 +97,30 @@ def interaction(table, pairs, output, field_splits=(), weights=None, penalty=NO_
 def formula(rows, pairs, output, field_splits=(), weight_rows=None, order=2, field_weights=None):
     """`interaction`, from the row of each pair, `rows` [B, P, K] or [nnz, K], and its weight, [.., 1].
 
+    See `interact`, of the rows times their values.
+    """
+    embeddings = rows if pairs.values is None else rows * pairs.values[..., tf.newaxis]
+    if len(field_splits) and list(field_splits) != list(range(len(field_splits))):
+        bounds = zip(field_splits[:-1], field_splits[1:], strict=True)
+        embeddings = tf.stack([tf.reduce_sum(embeddings[:, a:b], axis=1) for a, b in bounds], axis=1)
+    add = _over_fields
+    if pairs.row_splits is not None:
+        samples = tf.size(pairs.row_splits) - 1
+        sample_of_pair = tf.repeat(tf.range(samples), pairs.row_splits[1:] - pairs.row_splits[:-1])
+        add = lambda x: tf.math.unsorted_segment_sum(x, sample_of_pair, samples)  # noqa: E731
+    linear = None
+    if weight_rows is not None:
+        linear = add(weight_rows if pairs.values is None else weight_rows * pairs.values[..., tf.newaxis])
+    return interact(embeddings, output, order, field_weights, add), embeddings, linear
+
+
+def _over_fields(x):
+    return tf.reduce_sum(x, axis=1)
+
+
+def interact(embeddings, output, order=2, field_weights=None, add=_over_fields):
+    """The interaction of embeddings [B, F, K], [B, K] or, for "scalar", [B, 1]; or of [nnz, K] that `add` adds up.
+
     Rendle, "Factorization Machines", 2010: the sum over pairs of fields of their products is half of
     (square of the sum - sum of the squares). With an `order` of 3 the sum over triples is added, by Newton's identity:
     (p1^3 - 3 p1 p2 + 2 p3) / 6 with the sums p1, p2 and p3 of the embeddings, their squares and cubes; Blondel et al.,
@@ -104,22 +128,9 @@ def formula(rows, pairs, output, field_splits=(), weight_rows=None, order=2, fie
     every pair of fields f > h is weighted by element f * (f - 1) / 2 + h; Pan et al., "Field-weighted Factorization
     Machines", 2018.
     """
-    embeddings = rows if pairs.values is None else rows * pairs.values[..., tf.newaxis]
-    if len(field_splits) and list(field_splits) != list(range(len(field_splits))):
-        bounds = zip(field_splits[:-1], field_splits[1:], strict=True)
-        embeddings = tf.stack([tf.reduce_sum(embeddings[:, a:b], axis=1) for a, b in bounds], axis=1)
-    if pairs.row_splits is None:
-        add = lambda x: tf.reduce_sum(x, axis=1)  # noqa: E731
-    else:
-        samples = tf.size(pairs.row_splits) - 1
-        sample_of_pair = tf.repeat(tf.range(samples), pairs.row_splits[1:] - pairs.row_splits[:-1])
-        add = lambda x: tf.math.unsorted_segment_sum(x, sample_of_pair, samples)  # noqa: E731
-    linear = None
-    if weight_rows is not None:
-        linear = add(weight_rows if pairs.values is None else weight_rows * pairs.values[..., tf.newaxis])
     sums = add(embeddings)
     if output == "sum":
-        return sums, embeddings, linear
+        return sums
     if field_weights is not None:
         vector = add(embeddings * tf.matmul(_lower_triangle(field_weights, tf.shape(embeddings)[1]), embeddings))
     else:
@@ -127,7 +138,7 @@ def formula(rows, pairs, output, field_splits=(), weight_rows=None, order=2, fie
         vector = 0.5 * (tf.square(sums) - squares)
         if order == 3:
             vector += (sums**3 - 3 * sums * squares + 2 * add(embeddings**3)) / 6
-    return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True), embeddings, linear
+    return vector if output == "vector" else tf.reduce_sum(vector, axis=1, keepdims=True)
 
 
 def _lower_triangle(elements, size):

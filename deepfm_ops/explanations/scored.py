@@ -32,6 +32,8 @@ class ScorerSide(Side):
 
     def __init__(self, model, features=None):
         self.model = model
+        if model.order != 2 or model.field_weights:
+            raise ValueError("explain takes a plain second order, this model has an order of 3 or field_weights")
         self.task, self.bias = heads.only(model.task, "explain takes").kind, float(model.bias[0])
         if model.inputs is not None:
             if features is not None:

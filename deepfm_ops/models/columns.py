@@ -23,7 +23,7 @@ from deepfm_ops.features.columns import (
 )
 from deepfm_ops.features.columns_numpy import integer, raw_inputs
 from deepfm_ops.features.tables import is_table, require_columns
-from deepfm_ops.layers import FirstOrder, FMInteraction, positive
+from deepfm_ops.layers import FirstOrder, FMInteraction, check_interaction, positive
 from deepfm_ops.models import recipe
 from deepfm_ops.models.base import ConfiguredModel, DtypePolicy, check_integers, clonable
 from deepfm_ops.models.parts import BiInteraction, Fields, Head, Sum, mlp, second_order, seed_for, with_changes
@@ -54,6 +54,8 @@ class ColumnDeepFM(ConfiguredModel):
         dnn_use_bn: normalize before each activation.
         task: "binary", "regression", ("multiclass", classes), or a dict of names to these; see `DeepFM`.
         use_linear, use_fm, use_deep: which parts there are.
+        order: 2, or 3 for triples of the columns of a group too; see `FMInteraction`.
+        field_weights: whether every pair of columns of a group has a trained weight; see there.
         l2_scope: what l2_reg_linear and l2_reg_embedding act on: "batch", or "table" for whole tables as in DeepCTR;
             see `DeepFM`.
         count_features: have the first `fit`, on arrays, count them before it trains, which turns on the priors of
@@ -92,6 +94,8 @@ class ColumnDeepFM(ConfiguredModel):
         use_linear=True,
         use_fm=True,
         use_deep=True,
+        order=2,
+        field_weights=False,
         l2_scope="batch",
         count_features=False,
         embedding_prior=recipe.EMBEDDING_PRIOR,
@@ -112,6 +116,7 @@ class ColumnDeepFM(ConfiguredModel):
         fm_group = [fm_group] if isinstance(fm_group, str) else list(fm_group)
         for columns in (linear, dnn):
             encoding.check_shared(columns)
+        check_interaction(order, field_weights, use_fm)
         if not specs:
             raise ValueError("the model needs at least one feature column in a part that is in use")
         task = heads.plain(task)
@@ -133,6 +138,8 @@ class ColumnDeepFM(ConfiguredModel):
             "use_linear": use_linear,
             "use_fm": use_fm,
             "use_deep": use_deep,
+            "order": order,
+            "field_weights": field_weights,
             "l2_scope": l2_scope,
             "count_features": count_features,
             "embedding_prior": embedding_prior,
@@ -142,19 +149,19 @@ class ColumnDeepFM(ConfiguredModel):
         with DtypePolicy(dtype):
             inputs = {key: keras.Input(shape, dtype=kinds[key], name=key) for key, (shape, _) in specs.items()}
             encode = _Encoders(inputs)
-            plan = Plan(task, inputs={key: (shape, kinds[key]) for key, (shape, _) in specs.items()})
+            plan = Plan(task, inputs={key: (shape, kinds[key]) for key, (shape, _) in specs.items()}, order=order)
             plan.columns = list({id(column): column for column in (*linear, *dnn)}.values())
             strengths = (l2_scope, l2_reg_embedding, l2_reg_linear, embedding_prior, linear_prior)
             penalties = Penalties(*strengths, counted_later=count_features).checked()
             fused = _fused(linear, dnn)
             parts = _linear_parts(inputs, linear, fused, penalties, seed, backend, encode, plan, adapted or {})
-            embeddings, groups, first_orders = _embeddings(dnn, fused, penalties, seed, backend, encode, plan)
-            parts += first_orders
-            if use_fm:
-                parts += _second_order(embeddings, groups, fm_group, plan, seed)
+            groups = _groups(dnn, fm_group) if use_fm else []
+            kind = {"order": order, "field_weights": field_weights}
+            embeddings, first_orders = _embeddings(dnn, groups, kind, fused, penalties, seed, backend, encode, plan)
+            parts += first_orders + _second_order(embeddings, groups, kind, plan, seed)
             dense = [column for column in dnn if isinstance(column, DenseFeat)]
             if use_deep and dnn:
-                deep = [keras.layers.Flatten()(tensor) for tensor, _ in embeddings]
+                deep = [keras.layers.Flatten()(tensor) for tensor, _, _ in embeddings]
                 if dense:
                     plan.deep_dense = dense
                     deep.append(encoding.DenseColumns(dense, name="deep_dense")(_needed(inputs, dense)))
@@ -442,15 +449,42 @@ def _linear_parts(inputs, columns, fused, penalties, seed, backend, encode, plan
     return parts
 
 
-def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
+def _groups(columns, fm_group):
+    """What interacts, for each group of more than one field: the number of a table of which it is all, or else its
+    [(table, field)], fields after pooling.
+    """
+    groups, whole = {}, []
+    for number, ((dim, _), members) in enumerate(_tables(columns, lambda column: column.embedding_dim)):
+        fields = [column.group_name for column in members for _ in range(getattr(column, "dimension", 1))]
+        for field, group in enumerate(fields):
+            groups.setdefault(group, []).append((number, field, dim))
+        whole.append(0 if any(map(_is_max, members)) else len(fields))
+    unknown = [group for group in fm_group if group not in groups and group != DEFAULT_GROUP_NAME]
+    if unknown:
+        raise ValueError(f"fm_group names {unknown}, but the columns' groups are {sorted(groups)}")
+    found = []
+    for group in fm_group:
+        members = groups.get(group, [])
+        widths = {dim for _, _, dim in members}
+        if len(widths) > 1:
+            raise ValueError(f"columns of FM group {group!r} must have one embedding_dim, got {sorted(widths)}")
+        tables = {table for table, _, _ in members}
+        if len(tables) == 1 and len(members) == whole[min(tables)]:
+            found += tables
+        elif len(members) > 1:
+            found.append([(table, field) for table, field, _ in members])
+    return found
+
+
+def _embeddings(columns, groups, kind, fused, penalties, seed, backend, encode, plan):
     """The lookups.
 
     Returns:
-        [(embeddings [B, F, K], interaction of all of them or None)], {group: [(table, field)]} and the first orders
-        [B, H] of the tables in `fused`.
+        [(embeddings [B, F, K], layer, interaction of all of them)], and the first orders [B, H] of the tables in
+        `fused`.
 
     """
-    found, groups, first_orders = [], {}, []
+    found, first_orders = [], []
     for number, ((dim, trainable), members) in enumerate(_tables(columns, lambda column: column.embedding_dim)):
         initializer = keras.initializers.RandomNormal(stddev=0.0001, seed=seed_for(seed, number))
         table = TablePlan(members)
@@ -470,45 +504,32 @@ def _embeddings(columns, fused, penalties, seed, backend, encode, plan):
             backend=backend,
             trainable=trainable,
             name=f"fm_{number}",
+            **(kind if number in groups else {}),
         )
         embeddings, interaction, *linear = layer((indices, values))
         plan.lookups.append(Lookup(layer, table.field_sizes, use_linear, encoder, _spans(members)))
-        field = 0
-        for column in members:
-            for _ in range(getattr(column, "dimension", 1)):
-                groups.setdefault(column.group_name, []).append((number, field))
-                field += 1
         first_orders += linear
-        has_max = any(map(_is_max, members))
-        found.append((_pooled(embeddings, mask, members, table), None if has_max else interaction))
-    return found, groups, first_orders
+        found.append((_pooled(embeddings, mask, members, table), layer, interaction))
+    return found, first_orders
 
 
 def _kind(plan):
     return "vector" if plan.width > 1 else "scalar"
 
 
-def _second_order(embeddings, groups, fm_group, plan, seed):
+def _second_order(embeddings, groups, kind, plan, seed):
     """The second order of each group: from the op where the group is a whole table, else from the embeddings."""
     parts = []
-    unknown = [group for group in fm_group if group not in groups and group != DEFAULT_GROUP_NAME]
-    if unknown:
-        raise ValueError(f"fm_group names {unknown}, but the columns' groups are {sorted(groups)}")
-    for group in fm_group:
-        members = groups.get(group, [])
-        tables = sorted({table for table, _ in members})
-        widths = {embeddings[table][0].shape[-1] for table in tables}
-        if len(widths) > 1:
-            raise ValueError(f"columns of FM group {group!r} must have one embedding_dim, got {sorted(widths)}")
-        if len(tables) == 1:
-            tensor, interaction = embeddings[tables[0]]
-            if interaction is not None and len(members) == tensor.shape[1]:
-                parts.append(second_order(interaction, plan, seed))
-                plan.second_order.append(tables[0])
-                continue
-        if len(members) > 1:
-            chosen = [Fields([f for t, f in members if t == table])(embeddings[table][0]) for table in tables]
+    for group in groups:
+        if isinstance(group, int):
+            _, layer, interaction = embeddings[group]
+        else:
+            tables = sorted({table for table, _ in group})
+            chosen = [Fields([f for t, f in group if t == table])(embeddings[table][0]) for table in tables]
             tensor = keras.layers.Concatenate(axis=1)(chosen) if len(chosen) > 1 else chosen[0]
-            parts.append(second_order(BiInteraction(_kind(plan))(tensor), plan, seed))
-            plan.second_order.append(members)
+            layer = BiInteraction(_kind(plan), **kind)
+            interaction = layer(tensor)
+        parts.append(second_order(interaction, plan, seed))
+        plan.second_order.append(group)
+        plan.field_weights += [layer] if kind["field_weights"] else []
     return parts

@@ -123,9 +123,7 @@ class DeepFM(ConfiguredModel):
     ):
         if not (use_linear or use_fm or use_deep):
             raise ValueError("at least one of use_linear, use_fm and use_deep must be True")
-        check_interaction(order, field_weights)
-        if not use_fm and (order != 2 or field_weights):
-            raise ValueError("order and field_weights are of the FM part: they need use_fm")
+        check_interaction(order, field_weights, use_fm)
         num_fields = positive("num_fields", num_fields)
         if field_sizes is not None and len(field_sizes) != num_fields:
             raise ValueError(f"field_sizes must have num_fields = {num_fields} entries, got {len(field_sizes)}")

@@ -3,7 +3,8 @@
 import keras
 import tensorflow as tf
 
-from deepfm_ops import heads
+from deepfm_ops import heads, reference
+from deepfm_ops.layers import add_field_weights, check_interaction
 from deepfm_ops.models.penalties import l2_regularizer
 
 
@@ -96,10 +97,12 @@ class Projection(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("deepfm_ops")
 class BiInteraction(keras.layers.Layer):
-    """The second-order term of embeddings that are there already.
+    """The interaction of embeddings that are there already; see `FMInteraction`.
 
     Args:
         output: "scalar" or "vector".
+        order: 2, or 3 for triples of fields too.
+        field_weights: whether every pair of fields has a trained weight.
 
     Call arguments:
         embeddings: [B, F, K].
@@ -109,22 +112,29 @@ class BiInteraction(keras.layers.Layer):
 
     """
 
-    def __init__(self, output="scalar", **kwargs):
+    def __init__(self, output="scalar", order=2, field_weights=False, **kwargs):
         super().__init__(**kwargs)
-        self.output_kind = output
+        check_interaction(order, field_weights)
+        self.output_kind, self.order, self.has_field_weights, self.field_weights = output, order, field_weights, None
 
-    def build(self, input_shape=None):
-        pass
+    def build(self, input_shape):
+        if self.has_field_weights:
+            self.field_weights = add_field_weights(self, input_shape[1])
 
     def call(self, embeddings):
-        pairs = tf.square(tf.reduce_sum(embeddings, axis=1)) - tf.reduce_sum(tf.square(embeddings), axis=1)
-        return 0.5 * (tf.reduce_sum(pairs, axis=1, keepdims=True) if self.output_kind == "scalar" else pairs)
+        weights = None if self.field_weights is None else tf.cast(self.field_weights.value, embeddings.dtype)
+        return reference.interact(embeddings, self.output_kind, self.order, weights)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], 1 if self.output_kind == "scalar" else input_shape[2])
 
     def get_config(self):
-        return {**super().get_config(), "output": self.output_kind}
+        return {
+            **super().get_config(),
+            "output": self.output_kind,
+            "order": self.order,
+            "field_weights": self.has_field_weights,
+        }
 
 
 @keras.saving.register_keras_serializable("deepfm_ops")

@@ -82,8 +82,13 @@ def checked(manifest, arrays, activations):
     _require(inputs is not None or shapes or first_orders, "a model of indices must have a table")
     width = sum(dim * fields for dim, fields in shapes)
     _require(width <= MOST_NUMBERS, f"a sample's embeddings have {width:,} numbers, {MOST_NUMBERS:,} are the most")
+    order, weighted = plan.get("order", 2), plan.get("field_weights", False)
+    good = type(order) is int and order in (2, 3) and isinstance(weighted, bool) and not (weighted and order == 3)
+    _require(good, f"the plan has order {order!r:.50} and field_weights {weighted!r:.50}")
     for number, group in enumerate(second_order):
-        dim = _check_group(group, shapes, inputs is None)
+        dim, fields = _check_group(group, shapes, inputs is None)
+        if weighted:
+            _shape(arrays, f"field_weights_{number}", "float32", (fields * (fields - 1) // 2,))
         if numbers > 1:
             _shape(arrays, f"second_order_{number}", "float32", (dim, numbers))
     _shape(arrays, "bias", "float32", (numbers,))
@@ -164,8 +169,8 @@ def _width(column):
 def _shape(arrays, name, dtype, shape):
     """Requires an array of a dtype and a shape, in which None is any size from 1 on; returns its shape."""
     array = arrays.get(name)
-    fits = array is not None and array.dtype == dtype and array.ndim == len(shape) and min(array.shape) > 0
-    fits = fits and all(want in (None, size) for want, size in zip(shape, array.shape, strict=True))
+    fits = array is not None and array.dtype == dtype and array.ndim == len(shape)
+    fits = fits and all(size if want is None else size == want for want, size in zip(shape, array.shape, strict=True))
     got = "none" if array is None else f"{array.dtype} {array.shape}"
     _require(fits, f"array {name[:50]!r} must be {dtype} {shape}, got {got}")
     return array.shape
@@ -221,7 +226,7 @@ class _Tables:
 
 
 def _check_group(group, shapes, of_matrices):
-    """The width of a part of the second order: the number of a lookup, or (lookup, field) pairs of one width."""
+    """(width, fields) of a part of the second order: the number of a lookup, or (lookup, field) pairs of one width."""
     if isinstance(group, list) and group and not of_matrices:
         pairs = [tuple(pair) for pair in group if isinstance(pair, list) and len(pair) == 2]
         good = len(pairs) == len(group) and all(whole(table, 0, len(shapes) - 1) for table, _ in pairs)
@@ -230,7 +235,8 @@ def _check_group(group, shapes, of_matrices):
     else:
         good, pairs = whole(group, 0, len(shapes) - 1), [(group, 0)]
     _require(good, f"there is no second order {group!r:.100}")
-    return shapes[pairs[0][0]][0]
+    table = pairs[0][0]
+    return shapes[table][0], shapes[table][1] if isinstance(group, int) else len(pairs)
 
 
 def _dense(owner, names, inputs):

@@ -30,8 +30,8 @@ def export_scorer(model, path, table="float32", *, features=None, shards=None):
 
     Raises:
         TypeError: a model that is none of these.
-        ValueError: an activation, a transform_fn, an order of 3 or field weights, which the scorer does not have, a
-            dictionary that does not fit, rows that int8 cannot hold, or a number of shards that cannot be.
+        ValueError: an activation or a transform_fn, which the scorer does not have, a dictionary that does not fit,
+            rows that int8 cannot hold, or a number of shards that cannot be.
 
     """
     if not isinstance(model, ConfiguredModel):
@@ -110,10 +110,6 @@ def described(model, table, features=None, num_features=None):
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     features = getattr(model, "features", None) if features is None else fitting(model, features, num_features)
     plan, arrays = model.plan, {}
-    if not plan.is_plain:
-        raise ValueError(
-            "the scorer has the plain second order alone; this model has an order of 3 or field_weights: use export"
-        )
     known = isinstance(plan.activation, str) and plan.activation in ACTIVATIONS
     if plan.hidden and not known:
         known = ", ".join(ACTIVATIONS)
@@ -125,6 +121,9 @@ def described(model, table, features=None, num_features=None):
         if getattr(plan, name) is not None:
             arrays[name] = _kernel(getattr(plan, name))
     arrays |= {f"second_order_{number}": _kernel(layer) for number, layer in enumerate(plan.projections)}
+    arrays |= {
+        f"field_weights_{number}": _array(layer.field_weights) for number, layer in enumerate(plan.field_weights)
+    }
     arrays["bias"] = _array(plan.head.bias)
     names = {name: stored(name, *parts, table) for name, parts in _sources(plan).items()}
     content = {
@@ -132,6 +131,8 @@ def described(model, table, features=None, num_features=None):
         "first_orders": [_table(part, names) for part in plan.first_orders],
         "lookups": [_table(part, names) for part in plan.lookups],
         "second_order": plan.second_order,
+        "order": plan.order,
+        "field_weights": bool(plan.field_weights),
         "linear_dense": _names(plan.linear_dense),
         "deep_dense": _names(plan.deep_dense),
         "num_hidden": len(plan.hidden),

@@ -11,7 +11,7 @@ threads compute side by side. The manifest has
     info      what `Scorer.info` shows
     plan      a `deepfm_ops.plan.Plan`, with the names of arrays for sources: of each lookup "table" and "weights"; of
               hidden layer i kernel_i and bias_i; of second order i, where there are several heads or classes,
-              second_order_i; linear_kernel, deep and bias
+              second_order_i, and with field_weights field_weights_i; linear_kernel, deep and bias
     features  `FeatureDictionary.state`, or null; its arrays are called "features_..." here
     shards    {"name": ..., "digests": [...]} of a file whose tables are in N others beside it; else it is not there
 
@@ -39,8 +39,9 @@ from deepfm_ops.scorer.rows import Sharded
 
 FORMAT = 2  # of a file that has no shards
 SHARDED = 3  # of one that has them, and of each shard
-NEWEST = 4  # of one of several heads, or of classes
-READABLE = (1, 2, 3, 4)  # 1: features are lists in the manifest
+HEADS = 4  # of one of several heads, or of classes
+NEWEST = 5  # of one with an order of 3, or with field weights
+READABLE = (1, 2, 3, 4, 5)  # 1: features are lists in the manifest
 LARGEST_MANIFEST = 1 << 24  # bytes, from format 2 on, where arrays hold what is long
 MOST_SHARDS = 1 << 12
 _READS = 8  # of a file that is replaced again and again while its shards are opened
@@ -134,11 +135,20 @@ def write(path, manifest, arrays, digests=()):
     if digests:
         manifest = {**manifest, "shards": {"name": path.name, "digests": list(digests)}}
     with replacing(path) as fresh:
-        several = not isinstance(manifest.get("info", {}).get("task", ""), str)
-        _write(fresh, manifest, arrays, NEWEST if several else SHARDED if digests else FORMAT)
+        _write(fresh, manifest, arrays, _oldest(manifest))
         before = _shards_in_use(path)
     for shard in before - shards:
         shard.unlink(missing_ok=True)
+
+
+def _oldest(manifest):
+    """The oldest format that has what a manifest says."""
+    info, plan = manifest.get("info", {}), manifest.get("plan", {})
+    if plan.get("order", 2) != 2 or plan.get("field_weights"):
+        return NEWEST
+    if not isinstance(info.get("task", ""), str):
+        return HEADS
+    return SHARDED if "shards" in manifest else FORMAT
 
 
 def write_shard(path, index, count, arrays):

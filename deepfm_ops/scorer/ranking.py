@@ -59,6 +59,8 @@ class Items:
 
     def __init__(self, model, inputs, key):
         heads.only(model.task, "items are ranked by")
+        if model.order != 2 or model.field_weights:
+            raise ValueError("ranking takes a plain second order, this model has an order of 3 or field_weights")
         names = _inputs(model)
         self._model, self.digest, self.inputs, self.key = model, model.digest, list(inputs), key
         self._user_inputs = [name for name in names if name not in self.inputs]

@@ -284,6 +284,10 @@ def _check_values(values):
         raise ValueError(f"values[{','.join(map(str, bad))}] = {values[bad]} {cells.UNUSABLE}")
 
 
+# Of `kernels.fm_forward`: how embeddings interact.
+PLAIN = {"order": 2, "field_weights": None}
+
+
 class _Lookup:
     """One table of the file: the arguments of its kernel call; and of one more for weights of several numbers."""
 
@@ -294,6 +298,7 @@ class _Lookup:
         self.encoder = plan["encoder"] or 0  # the matrices count as the only one
         self.dim = self.table.shape[1] - INT8_HEADER * (self.table.dtype == np.uint8)
         self.threads = threads
+        self.interaction = PLAIN
         self._set_fields(plan["field_sizes"], plan["spans"])
 
     def _set_fields(self, field_sizes, spans):
@@ -346,6 +351,7 @@ class _Lookup:
             return_embeddings=embeddings,
             threads=self.threads,
             **splits,
+            **(PLAIN if output == "sum" else self.interaction),
         )
         if self.numbers > 1:
             linear = None
@@ -410,7 +416,13 @@ class _Model:
         self.numbers = heads.width(self.task)  # of a sample
         self.first_orders = [_lookup(part, arrays, threads, self.numbers) for part in plan["first_orders"]]
         self.lookups = [_lookup(part, arrays, threads, self.numbers) for part in plan["lookups"]]
-        self.second_order = plan["second_order"]
+        self.second_order, self.order = plan["second_order"], plan.get("order", 2)
+        self.field_weights = [
+            np.array(arrays[f"field_weights_{i}"]) for i in range(len(self.second_order)) if plan.get("field_weights")
+        ]
+        for number, group in enumerate(self.second_order):
+            if isinstance(group, int):
+                self.lookups[group].interaction = self.interaction(number)
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))
         self.linear_kernel = arrays.get("linear_kernel")
@@ -514,13 +526,26 @@ class _Model:
             if linear is not None:
                 parts.append(linear)
         parts = [part.reshape(batch, fields, part.shape[1]).swapaxes(1, 2).sum(axis=2) for part in parts]
-        parts += self._projected([_second_order(embeddings[lookup], self.kind) for lookup in self.second_order])
+        crossed = [self.crossed(number, embeddings[lookup]) for number, lookup in enumerate(self.second_order)]
+        parts += self._projected(crossed)
         return self._finish(parts, embeddings, {})
 
     @property
     def kind(self):
         """Of interactions."""
         return "vector" if self.numbers > 1 else "scalar"
+
+    def interaction(self, number):
+        """What a second order asks of `kernels.fm_forward`."""
+        weights = self.field_weights[number] if self.field_weights else None
+        return {"order": self.order, "field_weights": weights}
+
+    def crossed(self, number, e):
+        """A second order, [B, 1], or [B, K] for a vector, of its embeddings [B, F, K]: the kernel's table here."""
+        batch, fields, dim = e.shape
+        places, options = np.arange(batch * fields).reshape(batch, fields), self.interaction(number)
+        rows = e.reshape(-1, dim)
+        return kernels.fm_forward(rows, places, None, output=self.kind, threads=self.threads, **options)[0]
 
     def _projected(self, interactions):
         """The second orders [B, H] of interactions, which are vectors for more than one number."""
@@ -564,13 +589,13 @@ class _Model:
             if linear is not None:
                 parts.append(linear)
         found = []
-        for group in self.second_order:
+        for number, group in enumerate(self.second_order):
             if isinstance(group, int):
                 found.append(interactions[group][0])
                 sums.append(interactions[group][1])
             else:
                 chosen = np.stack([embeddings[table][:, field] for table, field in group], axis=1)
-                found.append(_second_order(chosen, self.kind))
+                found.append(self.crossed(number, chosen))
                 sums.append(chosen.sum(axis=1))
         parts += self._projected(found)
         if self.linear_dense:
@@ -613,10 +638,3 @@ class _Model:
                 x += bias
             x = activation(x)
         return x @ self.deep
-
-
-def _second_order(e, kind):
-    """[B, F, K] to [B, 1], or to [B, K] for a vector."""
-    sums = e.sum(axis=1)
-    vector = sums * sums - (e * e).sum(axis=1)
-    return np.float32(0.5) * (vector.sum(axis=1, keepdims=True) if kind == "scalar" else vector)

@@ -7,9 +7,17 @@ import tensorflow as tf
 from testing import REFERENCE_MODE, dense_samples, oracle, skewed
 
 import deepfm_ops
-from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, fusion, optimizers
+from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, SparseFeat, VarLenSparseFeat, fusion, optimizers
 
 OPTIONS = {"order 3": {"order": 3}, "field weights": {"field_weights": True}}
+# "b" and "c" are a whole table; "a" spans two; "t" is pooled by maximum.
+COLUMNS = [
+    SparseFeat("b", 7, embedding_dim=3, group_name="b"),
+    SparseFeat("c", 5, embedding_dim=3, group_name="b"),
+    SparseFeat("d", 9, embedding_dim=3, group_name="b"),
+    *(SparseFeat(name, 6, embedding_dim=4, group_name="a") for name in "efg"),
+    VarLenSparseFeat(SparseFeat("t", 8, embedding_dim=4, group_name="a", trainable=False), 3, "max"),
+]
 SIZES = {"num_features": 60, "num_fields": 3, "embedding_dim": 4, "hidden_units": (5,), "seed": 1}
 
 
@@ -117,8 +125,12 @@ def test_options_that_cannot_be(options, message):
         FMInteraction(50, 3, **options)
     with pytest.raises(ValueError, match=message):
         DeepFM(**SIZES, **options)
+    with pytest.raises(ValueError, match=message):
+        DeepFM.from_columns(COLUMNS, COLUMNS, **options)
     with pytest.raises(ValueError, match="they need use_fm"):
         DeepFM(**SIZES, use_fm=False, order=3)
+    with pytest.raises(ValueError, match="they need use_fm"):
+        DeepFM.from_columns(COLUMNS, COLUMNS, use_fm=False, field_weights=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -199,9 +211,6 @@ def test_saved_exported_and_cloned(options, tmp_path):
     served = tf.saved_model.load(str(tmp_path / "portable")).signatures["serving_default"]
     found = served(indices=tf.constant(x[0]), values=tf.constant(x[1]))
     np.testing.assert_allclose(next(iter(found.values())), want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="the scorer has the plain second order alone"):
-        deepfm_ops.export_scorer(model, tmp_path / "model.scorer")
-    assert not (tmp_path / "model.scorer").exists()
     with pytest.raises(ValueError, match="explain takes a model of the plain second order"):
         deepfm_ops.explain(model, x)
 
@@ -221,3 +230,35 @@ def test_from_features_with_a_multivalued_field(tmp_path):
         first = (fm.w.numpy()[x[0], 0] * x[1]).sum(1, keepdims=True)
         want = 1 / (1 + np.exp(-(first + second)))
         np.testing.assert_allclose(model.predict(x, verbose=0), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_columns(options, rng, tmp_path):
+    model = DeepFM.from_columns(COLUMNS, COLUMNS, ["a", "b"], use_linear=False, use_deep=False, **options)
+    for weight in model.weights:
+        if "float" in weight.dtype:
+            weight.assign(rng.normal(size=weight.shape))
+    x = {column.name: rng.integers(0, column.vocabulary_size, 6) for column in COLUMNS if column.name != "t"}
+    x["t"] = rng.integers(1, 8, (6, 3))
+    e = {name: model.embedding(name)[x[name]] for name in x}
+    e["t"] = e["t"].max(axis=1)
+    weights = [layer.field_weights.numpy() for layer in model.plan.field_weights] or [None, None]
+    assert len(weights) == len(model.plan.second_order) == 2
+    logits = model.plan.head.bias.numpy()
+    for names, of_pairs in zip(("tefg", "bcd"), weights, strict=True):  # tables that are not trained come first
+        samples = [np.stack([e[name][row] for name in names]) for row in range(6)]
+        picks = [[[(place, 1)] for place in range(len(names))]]
+        kind = {"order": model.plan.order, "field_weights": of_pairs}
+        logits = logits + np.array([oracle(table, picks, **kind)[0] for table in samples])
+    want = model.predict(x, verbose=0)
+    np.testing.assert_allclose(want, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-5)
+    y = rng.integers(0, 2, 6)
+    model.compile()
+    before = [np.array(w) for w in weights if w is not None]
+    model.fit(x, y, verbose=0)
+    for layer, was in zip(model.plan.field_weights, before, strict=True):
+        assert (layer.field_weights.numpy() != was).all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert {name: loaded.get_config()[name] for name in options} == options
