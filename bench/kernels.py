@@ -182,10 +182,14 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "kernels.json")
     arguments = parser.parse_args()
-    report = {"machine": f"{machine()}, {kernels.isa()}", "command": "python " + " ".join(sys.argv)}
-    print(report["machine"])
+    here = {"machine": f"{machine()}, {kernels.isa()}", "command": "python " + " ".join(sys.argv)}
+    print(here["machine"])
+    is_all, known = arguments.parts == list(PARTS), arguments.json.exists()
+    report = here if is_all or not known else json.loads(arguments.json.read_text())  # the other parts stay
     for part in arguments.parts:
         report[part] = list(PARTS[part](arguments.rounds))
+        if not is_all:
+            report.setdefault("apart", {})[part] = here
         for row in report[part]:
             print(part, {k: v for k, v in row.items() if k != "GB/s"}, flush=True)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

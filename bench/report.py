@@ -1,4 +1,4 @@
-"""Writes bench/RESULTS.md and its pictures from what op, kernels, train, serve, learning and data measured."""
+"""Writes bench/RESULTS.md and its pictures from what the other programs here measured."""
 
 import json
 import pathlib
@@ -6,7 +6,9 @@ import pathlib
 import matplotlib
 import report_cluster
 import report_data
+import report_explain
 import report_learning
+import report_orders
 import report_rank
 import report_serve
 import report_train
@@ -222,6 +224,10 @@ def main():
         "## Every case",
         *report.case_tables(),
     ]
+    if "orders" in report.kernels:
+        lines += report_orders.lines(
+            report.kernels["orders"], report.kernels.get("apart", {}).get("orders", report.kernels)
+        )
     if (RESULTS / "train.json").exists():
         fit = json.loads((RESULTS / "fit.json").read_text()) if (RESULTS / "fit.json").exists() else None
         lines += report_train.lines(json.loads((RESULTS / "train.json").read_text()), fit, RESULTS)
@@ -229,6 +235,8 @@ def main():
         lines += report_serve.lines(json.loads((RESULTS / "serve.json").read_text()), RESULTS)
     if (RESULTS / "rank.json").exists():
         lines += report_rank.lines(json.loads((RESULTS / "rank.json").read_text()))
+    if (RESULTS / "explain.json").exists():
+        lines += report_explain.lines(json.loads((RESULTS / "explain.json").read_text()))
     if (RESULTS / "learning.json").exists():
         lines += report_learning.lines(json.loads((RESULTS / "learning.json").read_text()), RESULTS)
     if (RESULTS / "data.json").exists():

@@ -93,7 +93,8 @@ def test_sums_instead_of_rows(parts, monkeypatch, linear, ones):
 @pytest.mark.parametrize("table", ["float32", "int8"])
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_scorer_of_parts(parts, tmp_path, table, shards):
-    sharded, single = pair(lambda: None, parts, 3, feature_counts=COUNTS, num_samples=200)
+    counted = {"feature_counts": COUNTS, "num_samples": 200, "field_weights": shards}
+    sharded, single = pair(lambda: None, parts, 3, **counted)
     for model in (sharded, single):
         keras.utils.set_random_seed(1)
         model.fit((INDICES, VALUES), Y, B, verbose=0)
