@@ -60,12 +60,15 @@ def _plain(owner, task):
         return task
     if isinstance(task, list | tuple) and len(task) == 2 and task[0] == "multiclass":
         classes = task[1]
-        is_whole = isinstance(classes, int | np.integer) and not isinstance(classes, bool)
-        if not is_whole or not 2 <= classes <= MOST_CLASSES:
+        if not _is_whole(classes) or not 2 <= classes <= MOST_CLASSES:
             raise ValueError(f"{owner} must have 2 to {MOST_CLASSES:,} classes, a whole number, got {classes!r:.100}")
         return ["multiclass", int(classes)]
     nested = "" if "[" in owner else ", or a dict of names to these"
     raise ValueError(f"{owner} must be one of {', '.join(SINGLE)}, ('multiclass', classes){nested}, got {task!r:.100}")
+
+
+def _is_whole(x):
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def of(task):
@@ -89,6 +92,70 @@ def only(task, what):
     if width(task) > 1:
         raise ValueError(f"{what} a model of one number a sample, this one predicts {task}")
     return of(task)[0]
+
+
+class Number(NamedTuple):
+    """One of the numbers of a sample.
+
+    Attributes:
+        head: the `Head` that it is of.
+        class_: the class that it is of, int; None of a head of one number.
+        place: int, where it stands among the H numbers.
+
+    """
+
+    head: Head
+    class_: int | None
+    place: int
+
+    @property
+    def key(self):
+        """What `number` finds it by: a name, a class, both, or None."""
+        name = self.head.name
+        return self.class_ if name is None else name if self.class_ is None else (name, self.class_)
+
+    @property
+    def label(self):
+        """What texts call it; nothing, where a model predicts one number that has no name."""
+        parts = (self.head.name, None if self.class_ is None else f"class {self.class_}")
+        return ", ".join(part for part in parts if part is not None)
+
+
+def number(task, key):
+    """The `Number` that a key says.
+
+    Args:
+        task: what `plain` gave.
+        key: the name of a head of one number; (name, class) of a head of classes; of classes without a name the class.
+            None: the only number.
+
+    Raises:
+        KeyError: no head has the name.
+        ValueError: any other key that says none, or more than one.
+
+    """
+    if key is None and width(task) == 1:
+        return Number(of(task)[0], None, 0)
+    name, class_ = None, key
+    if isinstance(task, dict):
+        name, class_ = key if isinstance(key, tuple | list) and len(key) == 2 else (key, None)
+    place = 0
+    for head in of(task):
+        if name == head.name and head.kind == "multiclass" and _is_whole(class_) and class_ in range(head.width):
+            return Number(head, int(class_), place + int(class_))
+        if name == head.name and head.kind != "multiclass" and class_ is None:
+            return Number(head, None, place)
+        place += head.width
+    allowed = ", ".join(map(_keys, of(task)))
+    error = KeyError if isinstance(name, str) and name not in task else ValueError
+    raise error(f"head must be {allowed:.500}, got {key!r:.100}")
+
+
+def _keys(head):
+    """The keys of a head's numbers, as text."""
+    if head.kind == "multiclass":
+        return " to ".join(repr(Number(head, class_, 0).key) for class_ in (0, head.width - 1))
+    return "None" if head.name is None else repr(head.name)
 
 
 def split(task, numbers):

@@ -17,18 +17,20 @@ from deepfm_ops.scorer import Scorer
 NUMBERS = 1 << 19  # that the products of a batch may have
 
 
-def explain(model, inputs, *, summary=None, top=20, features=None):
-    """Takes the logit of a model apart: bias, first order, second order of each pair of fields, and deep part.
+def explain(model, inputs, *, head=None, summary=None, top=20, features=None):
+    """Takes a logit of a model apart: bias, first order, second order of each pair of fields, triples, and deep part.
 
     The parts add up to the logit, to float32's precision (of a model that computes in fewer bits, to theirs). The deep
-    part is one number: what it makes of a field is no sum. As `predict`, it is without dropout and with averaged
-    weights.
+    part is one number: what it makes of a field is no sum; and so are the triples of an order of 3. As `predict`, it is
+    without dropout and with averaged weights.
 
     Args:
         model: a DeepFM, of matrices or of columns, or a `scorer.Scorer`, which need not import TensorFlow for it.
         inputs: what the model's `predict` or the scorer's `score` takes, raw features too where the model knows its
             FeatureDictionary. Or a data set: a stream, a tf.data.Dataset, a PyDataset, or an iterable of batches, with
             or without labels, which is iterated over once, to its end.
+        head: which number, of a model that predicts several: the name of a head; of ("multiclass", C) a class, 0 to
+            C - 1; of a head of classes (its name, the class). None: the only one there is.
         summary: False: the terms of each sample, an `Explanation`, in memory. True: means and mean absolute values of
             each pair of fields, and the strongest pairs of features, a `Summary`, in the memory of a batch. None: True
             for a data set, False for arrays and tables.
@@ -41,7 +43,8 @@ def explain(model, inputs, *, summary=None, top=20, features=None):
 
     Raises:
         TypeError: a model or inputs of another kind.
-        ValueError, KeyError: inputs that do not fit the model; no samples for a summary.
+        ValueError, KeyError: inputs that do not fit the model; no samples for a summary; a head that the model has not,
+            or None where it has several.
         IndexError: an index outside of the table.
 
     Example:
@@ -53,7 +56,7 @@ def explain(model, inputs, *, summary=None, top=20, features=None):
         ((1, 3), (1, 3), ['field 0', 'field 1', 'field 2'])
 
     """
-    side = _side(model, features)
+    side = _side(model, features).of_head(head)
     if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 0:
         raise ValueError(f"top must be an integer of at least 0, got {top!r}")
     if isinstance(inputs, Stream):
@@ -75,12 +78,17 @@ def _side(model, features):
 
 
 def _explanation(side, prepared):
-    batches = list(prepared)
-    parts = [side.terms(*side.pairs_of(batch, rows)) for batch in batches for rows in _slices(side, batch)]
+    batches, parts, probabilities = list(prepared), [], []
+    for batch in batches:
+        for rows in _slices(side, batch):
+            pairs, inputs = side.pairs_of(batch, rows)
+            parts.append(side.terms(pairs, inputs))
+            if side.task == "multiclass":  # the other classes' logits are in it too
+                probabilities.append(side.probabilities(pairs, inputs))
     if not parts:
         raise ValueError("inputs have no batch")
     terms = parts[0] if len(parts) == 1 else Terms(*map(np.concatenate, zip(*parts, strict=True)))
-    return Explanation(side, terms, Batches(batches))
+    return Explanation(side, terms, Batches(batches), np.concatenate(probabilities) if probabilities else None)
 
 
 def _summary(side, prepared, top):

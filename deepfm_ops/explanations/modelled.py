@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments, heads
+from deepfm_ops import arguments
 from deepfm_ops.explanations import names
 from deepfm_ops.explanations.scored import is_raw, labels_of, matrices_of
 from deepfm_ops.explanations.terms import Side
@@ -24,15 +24,9 @@ class ModelSide(Side):
             if hasattr(model, "export_scorer"):
                 hint = "; its tables are elsewhere: export_scorer it, and explain the Scorer"
             raise TypeError(f"model must be a deepfm_ops.DeepFM or a deepfm_ops.scorer.Scorer, got {what}{hint}")
-        plan = self.plan = model.plan
-        if not plan.is_plain:
-            raise ValueError(
-                "explain takes a model of the plain second order, this one has an order of 3 or field_weights"
-            )
+        self.model, plan = model, model.plan
+        self.plan, parts = plan, plan.tables
         model.show_averages()
-        self.model, self.task = model, heads.only(plan.task, "explain takes").kind
-        self.bias = float(np.reshape(_array(plan.head.bias), ()))
-        parts = plan.tables
         if plan.inputs is not None:
             if features is not None:
                 self.require(features)
@@ -52,7 +46,9 @@ class ModelSide(Side):
         self.activation = keras.activations.get(plan.activation)
         pairs, first = list(zip(parts, layouts, strict=True)), len(plan.first_orders)
         self.first_orders, self.lookups = pairs[:first], pairs[first:]
-        self._arrange(plan.second_order)
+        weights = [_array(layer.field_weights) for layer in plan.field_weights]
+        projections = [_array(layer.kernel) for layer in plan.projections]
+        self._arrange(plan.task, _array(plan.head.bias), plan.second_order, plan.order, weights, projections)
 
     def require(self, features):
         """Raises ValueError for a dictionary, or a stream's, that has not made the model's matrices."""
@@ -102,14 +98,16 @@ class ModelSide(Side):
         dtype = arguments.accumulation_dtype(tf.as_dtype(table.dtype)).as_numpy_dtype
         values = values.astype(dtype, copy=False)
         e = _gathered(table, indices, dtype) * values[..., np.newaxis]
-        return e, _gathered(source.w, indices, dtype)[..., 0] * values if self.has_first_order(part) else None
+        if not self.has_first_order(part):
+            return e, None
+        return e, _gathered(source.w, indices, dtype)[..., self.number.place] * values
 
     def has_first_order(self, part):
         return part.linear and getattr(part.source, "embeddings", None) is not None and part.source.w is not None
 
     def dense_terms(self, inputs):
         x = self._dense_of("linear", inputs).numpy()
-        return x * _array(self.plan.linear_kernel(np.eye(x.shape[1], dtype=np.float32)))[:, 0]
+        return x * _array(self.plan.linear_kernel(np.eye(x.shape[1], dtype=np.float32)))[:, self.number.place]
 
     def deep(self, embeddings, inputs):
         if self.plan.deep is None:
@@ -122,7 +120,12 @@ class ModelSide(Side):
         for layer, norm in self.plan.hidden:
             x = layer(x)
             x = self.activation(x if norm is None else norm(x, training=False))
-        return _array(self.plan.deep(x))[:, 0]
+        return _array(self.plan.deep(x))[:, self.number.place]
+
+    def probabilities(self, pairs, inputs):
+        found = self.model(inputs, training=False)
+        head = self.number.head
+        return (found if head.name is None else found[head.name]).numpy()[:, self.number.class_]
 
     def _dense_of(self, which, inputs):
         layer = self._dense[which]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepfm_ops.explanations.terms import Terms, logits
+from deepfm_ops.explanations.terms import Terms
 
 SHOWN = 15  # terms of a text
 SAMPLES = 3  # samples of a text
@@ -13,12 +13,13 @@ SAMPLES = 3  # samples of a text
 class Explanation:
     """The terms of some samples.
 
-        logit[b] = bias + sum of first_order[b] + sum of pairs[b] + deep[b]
+        logit[b] = bias + sum of first_order[b] + sum of pairs[b] + triples[b] + deep[b]
 
     `len` is the number of samples, n; `explanation[b]`, `explanation[a:b]` are those of some of them.
 
     Attributes:
-        task: "binary" or "regression".
+        head: the number that is explained, as `explain` takes it; None of the only one, where it has no name.
+        task: what it is, "binary", "regression" or "multiclass".
         bias: float.
         first_order: [n, T], a term for each index column of the model's first order, and each number of its dense
             columns.
@@ -26,22 +27,30 @@ class Explanation:
         fields: names of the fields that have embeddings, [F].
         pairs: [n, M], the second order of each pair of fields that interact.
         pair_fields: int [M, 2], each pair's positions in `fields`.
+        triples: [n], what all triples of fields add together; zeros of a model of order 2.
         deep: [n]; zeros of a model without a deep part.
         logit: float64 [n], the sum.
-        score: [n], what the model predicts: its sigmoid for "binary", else the sum.
+        score: [n], what the model predicts: the sum for "regression", its sigmoid for "binary", of a class of
+            "multiclass" its probability.
 
     """
 
-    def __init__(self, side, terms, batches):
-        self._side, self._terms, self._batches = side, terms, batches
+    def __init__(self, side, terms, batches, probabilities=None):
+        self._side, self._terms, self._batches, self._probabilities = side, terms, batches, probabilities
         self.task, self.bias = side.task, side.bias
-        self.first_order, self.pairs, self.deep = terms
+        self.first_order, self.pairs, self.triples, self.deep = terms
         self.fields, self.pair_fields = side.fields, side.pair_fields
         self.first_order_fields = side.first_order_fields
-        self.logit = logits(self.bias, terms)
+        self.logit = side.logits(terms)
+
+    @property
+    def head(self):
+        return self._side.number.key
 
     @property
     def score(self):
+        if self._probabilities is not None:
+            return self._probabilities
         if self.task != "binary":
             return self.logit
         return 1 / (1 + np.exp(-np.clip(self.logit, -700, 700)))
@@ -54,7 +63,9 @@ class Explanation:
             samples = range(len(self))[samples]  # counts from the end too, and says what is out of range
             samples = slice(samples, samples + 1)
         rows = range(len(self))[samples]
-        return Explanation(self._side, Terms(*(part[samples] for part in self._terms)), _Some(self._batches, rows))
+        terms = Terms(*(part[samples] for part in self._terms))
+        probabilities = None if self._probabilities is None else self._probabilities[samples]
+        return Explanation(self._side, terms, _Some(self._batches, rows), probabilities)
 
     def matrix(self, sample=0):
         """The second order of one sample as a symmetric matrix [F, F], with zeros where fields do not interact."""
@@ -67,10 +78,11 @@ class Explanation:
     def table(self, sample=0):
         """The terms of one sample, largest first, as columns for `pandas.DataFrame`: "part", "term" and "value".
 
-        Parts are "bias", "first order", "pair" and "deep"; terms of exactly zero are left out.
+        Parts are "bias", "first order", "pair", "triples" and "deep"; terms of exactly zero are left out.
         """
         first, fields = self.labels(sample)
         rows = [("bias", "bias", self.bias), ("deep", "deep part", float(self.deep[sample]))]
+        rows.append(("triples", "triples of fields", float(self.triples[sample])))
         rows += [("first order", name, x) for name, x in zip(first, self.first_order[sample].tolist(), strict=True)]
         pairs = zip(self.pair_fields.tolist(), self.pairs[sample].tolist(), strict=True)
         rows += [("pair", f"{fields[a]} x {fields[b]}", x) for (a, b), x in pairs if x]
@@ -91,8 +103,9 @@ class Explanation:
         lines = [f"  {value:+9.4f}  {term}" for term, value in zip(terms[:SHOWN], values[:SHOWN], strict=True)]
         if len(terms) > SHOWN:
             lines.append(f"  {sum(values[SHOWN:]):+9.4f}  {len(terms) - SHOWN} smaller terms")
-        what = "probability" if self.task == "binary" else "prediction"
-        return "\n".join([f"logit {self.logit[sample]:+.4f}, {what} {self.score[sample]:.4f}", *lines])
+        what = "prediction" if self.task == "regression" else "probability"
+        title = f"logit {self.logit[sample]:+.4f}, {what} {self.score[sample]:.4f}"
+        return "\n".join([titled(self._side.number.label, title), *lines])
 
     def plot(self, path, sample=0):
         """Draws one sample: a heat map of its fields, and bars of its largest terms.
@@ -109,7 +122,7 @@ class Explanation:
 
         table, (_, fields) = self.table(sample), self.labels(sample)
         bars = list(zip(table["term"], table["value"], strict=True))
-        title = f"logit {self.logit[sample]:+.3f}"
+        title = titled(self._side.number.label, f"logit {self.logit[sample]:+.3f}")
         drawing.draw(path, title, fields, self.matrix(sample), [("largest terms", bars)])
 
 
@@ -162,12 +175,12 @@ class Summary:
 
     Attributes:
         num_samples: int, n.
-        task, bias, fields, pair_fields: as of an `Explanation`.
+        head, task, bias, fields, pair_fields: as of an `Explanation`.
         pairs: [M], the mean of the second order of each pair of fields.
         pairs_strength: [M], the mean of its absolute value.
         linear_fields: names of the fields of the first order, [L].
         first_order, first_order_strength: [L], likewise, of the sum of a field's first-order terms.
-        deep, deep_strength: float, likewise.
+        triples, triples_strength, deep, deep_strength: float, likewise.
         logit: float, the mean.
         feature_pairs: list of `FeaturePair`, the strongest first.
         missed: float, at most what the strength of a pair of features is that is not among those that were counted; 0
@@ -176,14 +189,15 @@ class Summary:
     """
 
     def __init__(self, side, total, top=0):
-        n = total.samples
-        self.num_samples, self.task, self.bias = n, side.task, side.bias
+        n, self._label = total.samples, side.number.label
+        self.num_samples, self.head, self.task, self.bias = n, side.number.key, side.task, side.bias
         self.fields, self.pair_fields = side.fields, side.pair_fields
         self.linear_fields = total.linear_fields
         means = [(sums / n, absolute / n) for sums, absolute in total.sums]
-        (self.first_order, self.first_order_strength), (self.pairs, self.pairs_strength), (deep, strength) = means
-        self.deep, self.deep_strength = float(deep), float(strength)
-        self.logit = float(self.bias + self.first_order.sum() + self.pairs.sum() + self.deep)
+        (self.first_order, self.first_order_strength), (self.pairs, self.pairs_strength), triples, deep = means
+        self.triples, self.triples_strength = map(float, triples)
+        self.deep, self.deep_strength = map(float, deep)
+        self.logit = float(self.bias + self.first_order.sum() + self.pairs.sum() + self.triples + self.deep)
         self.feature_pairs, self.missed = [], 0.0
         if total.strongest is not None:
             self.missed = total.strongest.dropped / n
@@ -196,11 +210,12 @@ class Summary:
         return matrix(len(self.fields), self.pair_fields, self.pairs_strength if strength else self.pairs)
 
     def table(self):
-        """Fields, pairs of fields and the deep part, strongest first, as columns for `pandas.DataFrame`.
+        """Fields, pairs of fields, triples and the deep part, strongest first, as columns for `pandas.DataFrame`.
 
-        The columns are "part" ("first order", "pair" or "deep"), "term", "strength" and "mean".
+        The columns are "part" ("first order", "pair", "triples" or "deep"), "term", "strength" and "mean".
         """
         rows = [("deep", "deep part", self.deep_strength, self.deep)]
+        rows.append(("triples", "triples of fields", self.triples_strength, self.triples))
         firsts = zip(self.linear_fields, self.first_order_strength.tolist(), self.first_order.tolist(), strict=True)
         rows += [("first order", *row) for row in firsts]
         names = [f"{self.fields[a]} x {self.fields[b]}" for a, b in self.pair_fields.tolist()]
@@ -209,7 +224,8 @@ class Summary:
         return {name: [row[i] for row in rows] for i, name in enumerate(("part", "term", "strength", "mean"))}
 
     def __str__(self):
-        lines = [f"{self.num_samples:,} samples, mean logit {self.logit:+.4f}, bias {self.bias:+.4f}"]
+        title = f"{self.num_samples:,} samples, mean logit {self.logit:+.4f}, bias {self.bias:+.4f}"
+        lines = [titled(self._label, title)]
         lines.append("  strength      mean  term")
         table = self.table()
         shown = list(zip(table["strength"], table["mean"], table["term"], strict=True))
@@ -234,7 +250,7 @@ class Summary:
         bars = list(zip(table["term"], np.copysign(table["strength"], table["mean"]).tolist(), strict=True))
         pairs = [(f"{p.first} x {p.second}", float(np.copysign(p.strength, p.mean))) for p in self.feature_pairs]
         groups = [("strongest terms", bars), *([("strongest pairs of features", pairs)] if pairs else [])]
-        title = f"mean absolute second order of {self.num_samples:,} samples"
+        title = titled(self._label, f"mean absolute second order of {self.num_samples:,} samples")
         drawing.draw(path, title, self.fields, self.matrix(), groups, is_strength=True)
 
 
@@ -246,16 +262,21 @@ class Totals:
         place = {field: number for number, field in enumerate(self.linear_fields)}
         self._owner = np.array([place[field] for field in side.first_order_fields], np.int64)
         self.samples, self.strongest = 0, strongest
-        sizes = [(len(self.linear_fields),), (len(side.pair_fields),), ()]
+        sizes = [(len(self.linear_fields),), (len(side.pair_fields),), (), ()]
         self.sums = [(np.zeros(size), np.zeros(size)) for size in sizes]
 
     def add(self, terms):
-        first_order, pairs, deep = (part.astype(np.float64, copy=False) for part in terms)
+        first_order, pairs, triples, deep = (part.astype(np.float64, copy=False) for part in terms)
         by_field = np.zeros((len(deep), len(self.linear_fields)))
         np.add.at(by_field, (slice(None), self._owner), first_order)
         self.samples += len(deep)
-        parts = zip(self.sums, (by_field, pairs, deep), strict=True)
+        parts = zip(self.sums, (by_field, pairs, triples, deep), strict=True)
         self.sums = [(s + x.sum(axis=0), a + np.abs(x).sum(axis=0)) for (s, a), x in parts]
+
+
+def titled(label, text):
+    """A text of one number, under its name if it has one."""
+    return f"{label}: {text}" if label else text
 
 
 def matrix(size, pair_fields, pairs):

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from deepfm_ops import heads
 from deepfm_ops.explanations import names
 from deepfm_ops.explanations.terms import Side
 from deepfm_ops.features.tables import is_table
@@ -32,9 +31,6 @@ class ScorerSide(Side):
 
     def __init__(self, model, features=None):
         self.model = model
-        if model.order != 2 or model.field_weights:
-            raise ValueError("explain takes a plain second order, this model has an order of 3 or field_weights")
-        self.task, self.bias = heads.only(model.task, "explain takes").kind, float(model.bias[0])
         if model.inputs is not None:
             if features is not None:
                 self.require(features)
@@ -51,7 +47,8 @@ class ScorerSide(Side):
             layouts, self.num_features = [self.names.layout] * len(parts), model.info["num_features"]
         pairs = list(zip(parts, layouts, strict=True))
         self.first_orders, self.lookups = pairs[: len(model.first_orders)], pairs[len(model.first_orders) :]
-        self._arrange(model.second_order)
+        order, weights = model.order, model.field_weights
+        self._arrange(model.task, model.bias, model.second_order, order, weights, model.projections)
 
     def require(self, features):
         """Raises ValueError for a dictionary, or a stream's, that has not made the scorer's matrices."""
@@ -98,17 +95,22 @@ class ScorerSide(Side):
         except IndexError:
             part(indices, values)  # says where
             raise
-        return e.reshape(*indices.shape, e.shape[1]), None if linear is None else linear.reshape(indices.shape)
+        linear = None if linear is None else linear[:, self.number.place].reshape(indices.shape)
+        return e.reshape(*indices.shape, e.shape[1]), linear
 
     def has_first_order(self, part):
-        return part.weights is not None or part.table.dtype == np.uint8
+        return part.weights is not None or (part.numbers == 1 and part.table.dtype == np.uint8)
 
     def dense_terms(self, inputs):
         found = np.concatenate([inputs[name] for name in self.model.linear_dense], axis=1)
-        return found.astype(np.float32, copy=False) * self.model.linear_kernel[:, 0]
+        return found.astype(np.float32, copy=False) * self.model.linear_kernel[:, self.number.place]
 
     def deep(self, embeddings, inputs):
-        return None if self.model.deep is None else self.model.deep_part(embeddings, inputs)[:, 0]
+        return None if self.model.deep is None else self.model.deep_part(embeddings, inputs)[:, self.number.place]
+
+    def probabilities(self, pairs, inputs):
+        found, head = self.model._scores(pairs, inputs, None), self.number.head
+        return (found if head.name is None else found[head.name])[:, self.number.class_]
 
 
 @dataclasses.dataclass

@@ -3,18 +3,24 @@
 With e[b,p,:] = values[b,p] * table[indices[b,p], :] of index column p, and e[b,f,:] the sum of a field's columns:
 
     logit[b] = bias + sum over p of values[b,p] * w[indices[b,p]]
-             + sum over pairs of fields f < g of < e[b,f,:], e[b,g,:] > + deep[b]
+             + sum over pairs of fields f < g of r[f,g] < e[b,f,:], e[b,g,:] >
+             + sum over triples of fields f < g < h of < e[b,f,:], e[b,g,:], e[b,h,:] > + deep[b]
 
-The second order of a pair of fields is in turn the sum of < e[b,p,:], e[b,q,:] > over p of f and q of g: terms of pairs
-of features. Two values of one field make none. Of a field that is pooled by its maximum, e[b,p,:] holds those elements
-of p that are the maximum, the first of equal ones, and 0 elsewhere, so that the sums hold there too.
+r is 1 without field weights, and triples are of an order of 3. Of a model with H numbers a sample it is one of them, j:
+with bias[j], w[., j], column j of what ends the deep part, and < > sums elements' products times P[., j] of the
+projection P [K, H].
+
+The second order of a pair of fields is in turn the sum of r[f,g] < e[b,p,:], e[b,q,:] > over p of f and q of g: terms
+of pairs of features. Two values of one field make none. Of a field that is pooled by its maximum, e[b,p,:] holds those
+elements of p that are the maximum, the first of equal ones, and 0 elsewhere, so that the sums hold there too.
 """
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 
-from deepfm_ops import forks
+from deepfm_ops import forks, heads
 
 
 class Bag(NamedTuple):
@@ -72,16 +78,21 @@ class Group:
         members: (lookup, field) of each.
         layouts: of the lookups.
         is_whole: whether they are all fields of one lookup, in order.
+        field_weights: [m (m - 1) / 2], that of fields f > h at f (f - 1) / 2 + h; None: all ones.
 
     """
 
-    def __init__(self, members, layouts, is_whole):
+    def __init__(self, members, layouts, is_whole, field_weights=None):
         self.members, self.is_whole, self.lookup = members, is_whole, members[0][0]
         self.bags = [layouts[table].bags[field] for table, field in members]
         self.is_plain = all(bag.stop - bag.start == 1 for bag in self.bags)
-        sizes = [bag.stop - bag.start for bag in self.bags]
-        self.places = _places(np.arange(len(members)))
-        self.column_places = _places(np.repeat(np.arange(len(members)), sizes))
+        owners = np.repeat(np.arange(len(members)), [bag.stop - bag.start for bag in self.bags])
+        self.places, self.column_places = _places(np.arange(len(members))), _places(owners)
+        self.weights = self.column_weights = None  # of the places
+        if field_weights is not None:
+            of = lambda h, f: field_weights[f * (f - 1) // 2 + h]  # noqa: E731
+            self.weights = of(*self.places[:2])
+            self.column_weights = of(owners[self.column_places[0]], owners[self.column_places[1]])
 
     def fields(self, embeddings):
         """[B, m, K], out of the embeddings [B, F, K] of the lookups."""
@@ -105,18 +116,29 @@ def _places(owners):
     return first, second, first * len(owners) + second
 
 
-def _products(e, places):
-    """[B, pairs] of e [B, n, K]."""
+def _products(e, places, projection, weights):
+    """[B, pairs] of e [B, n, K]; with a projection [K] and weights [pairs], unless they are None."""
+    left = e if projection is None else e * projection
     with forks.matrix_products:
-        products = np.matmul(e, e.transpose(0, 2, 1))
-    return products.reshape(len(e), e.shape[1] ** 2).take(places[2], axis=1)
+        products = np.matmul(left, e.transpose(0, 2, 1))
+    found = products.reshape(len(e), e.shape[1] ** 2).take(places[2], axis=1)
+    return found if weights is None else found * weights
+
+
+def _triples(e, projection):
+    """[B], all triples of e [B, n, K]. By the sums over one and two fields, so that nothing large cancels."""
+    ones = np.cumsum(e, axis=1)
+    twos = np.cumsum(ones[:, :-1] * e[:, 1:], axis=1)
+    vector = (twos[:, :-1] * e[:, 2:]).sum(axis=1)
+    return (vector if projection is None else vector * projection).sum(axis=1)
 
 
 class Terms(NamedTuple):
-    """The terms of a batch: first_order [B, T], pairs [B, M], deep [B]."""
+    """The terms of a batch: first_order [B, T], pairs [B, M], triples [B], deep [B]."""
 
     first_order: np.ndarray
     pairs: np.ndarray
+    triples: np.ndarray
     deep: np.ndarray
 
 
@@ -124,8 +146,12 @@ class Side:
     """What is asked for terms: a Keras model or a scorer.
 
     Attributes:
-        task: "binary" or "regression".
-        bias: float.
+        tasks: what the model predicts, as `heads.plain` gives it.
+        biases: [H].
+        number: the `heads.Number` that is explained; None until `of_head`, where there are several.
+        task: its "binary", "regression" or "multiclass".
+        bias: its, float.
+        order: of the interactions.
         first_orders, lookups: [(part, Layout)].
         groups: [Group].
         dense_fields: the name of each number of the first order's dense columns.
@@ -134,25 +160,41 @@ class Side:
         require(features): raises ValueError for features that are not those of its matrices.
         prepared(inputs): what `pairs_of(prepared, rows)` makes ([(indices, values, mask)] of each encoder, inputs) of,
             with the number of samples as len(), and `labels(row)`.
-        rows(part, indices, values): (e [B, P, K], first order [B, P] or None), both times the values.
+        rows(part, indices, values): (e [B, P, K], first order [B, P] or None), both times the values. Of a part of the
+            first order the first is [B, P, H].
         has_first_order(part): whether `rows` of a lookup give the second.
         dense_terms(inputs): [B, D] of the dense columns of the first order.
         deep(embeddings, inputs): [B], or None.
+        probabilities(pairs, inputs): [B], of the class that is explained.
 
     """
 
     task, bias, first_orders, lookups, groups, dense_fields = "binary", 0.0, [], [], [], []
+    number: heads.Number | None = None
 
-    def _arrange(self, second_order):
-        """Fills in what follows from the layouts."""
+    def of_head(self, key):
+        """The side of one number, see `heads.number`."""
+        if key is None and self.number is not None:
+            return self
+        side = copy.copy(self)
+        side._choose(heads.number(self.tasks, key))
+        return side
+
+    def _choose(self, number):
+        self.number, self.task, self.bias = number, number.head.kind, float(self.biases[number.place])
+        self._projections = [kernel[:, number.place] for kernel in self._kernels] or [None] * len(self.groups)
+
+    def _arrange(self, tasks, biases, second_order, order, field_weights, projections):
+        """Fills in what follows from the layouts. The arguments are as in a `Plan`, with arrays for sources."""
+        self.tasks, self.biases, self.order, self._kernels = tasks, biases, order, projections
         layouts = [layout for _, layout in self.lookups]
         starts = np.cumsum([0, *(len(layout.fields) for layout in layouts)]).tolist()
         self.fields = [field for layout in layouts for field in layout.fields]
         self.groups = []
-        for entry in second_order:
+        for entry, weights in zip(second_order, field_weights or [None] * len(second_order), strict=True):
             whole = isinstance(entry, int)
             members = [(entry, field) for field in range(len(layouts[entry].fields))] if whole else entry
-            self.groups.append(Group([(table, field) for table, field in members], layouts, whole))
+            self.groups.append(Group([(table, field) for table, field in members], layouts, whole, weights))
         members = [np.array([starts[table] + field for table, field in group.members]) for group in self.groups]
         self.pair_fields = np.concatenate(
             [np.zeros((0, 2), np.int64)]
@@ -161,14 +203,18 @@ class Side:
         with_linear = [layout for part, layout in self.lookups if self.has_first_order(part)]
         columns = [layout.column_fields for layout in [*(layout for _, layout in self.first_orders), *with_linear]]
         self.first_order_fields = [field for fields in columns for field in fields] + list(self.dense_fields)
-        self.width = max([1, *(len(group.column_places[2]) for group in self.groups)])
+        numbers = heads.width(tasks)
+        sizes = [len(group.column_places[2]) for group in self.groups]
+        self.width = max([numbers * max(1, len(self.first_order_fields)), *sizes])
+        if numbers == 1:
+            self._choose(heads.number(tasks, None))
 
     def terms(self, pairs, inputs, strongest=None):
         """The `Terms` of a batch; `strongest`, if given, is told those of pairs of features."""
         first, numbers, columns, embeddings = [], [], [], []
         for part, layout in self.first_orders:
             indices, values, mask = pairs[part.encoder or 0]
-            first.append(layout.parts(self.rows(part, indices, values)[0], mask)[..., 0])
+            first.append(layout.parts(self.rows(part, indices, values)[0], mask)[..., self.number.place])
         for part, layout in self.lookups:
             indices, values, mask = pairs[part.encoder or 0]
             e, linear = self.rows(part, indices, values)
@@ -180,26 +226,32 @@ class Side:
                 numbers.append(indices + layout.shift)
         if self.dense_fields:
             first.append(self.dense_terms(inputs))
-        products = []
-        for group in self.groups:
-            products.append(_products(group.fields(embeddings), group.places))
+        batch, deep = len(pairs[0][0]) if pairs else len(next(iter(inputs.values()))), self.deep(embeddings, inputs)
+        products, none = [], np.zeros(batch, "f")
+        triples = none
+        for group, projection in zip(self.groups, self._projections, strict=True):
+            fields = group.fields(embeddings)
+            products.append(_products(fields, group.places, projection, group.weights))
+            if self.order == 3:
+                triples = triples + _triples(fields, projection)
             if strongest is not None:
-                found = products[-1] if group.is_plain else _products(group.columns(columns), group.column_places)
+                found = products[-1]
+                if not group.is_plain:
+                    found = _products(group.columns(columns), group.column_places, projection, group.column_weights)
                 here = group.columns(numbers)
                 strongest.add(here[:, group.column_places[0]], here[:, group.column_places[1]], found)
-        batch, deep = len(pairs[0][0]) if pairs else len(next(iter(inputs.values()))), self.deep(embeddings, inputs)
         return Terms(
-            _side_by_side(first, batch), _side_by_side(products, batch), np.zeros(batch, "f") if deep is None else deep
+            _side_by_side(first, batch), _side_by_side(products, batch), triples, none if deep is None else deep
         )
+
+    def logits(self, terms):
+        """float64 [B]."""
+        first_order, pairs, triples, deep = terms
+        found = self.bias + first_order.sum(axis=1, dtype=np.float64) + pairs.sum(axis=1, dtype=np.float64) + deep
+        return found + triples if self.order == 3 else found
 
 
 def _side_by_side(parts, batch):
     if len(parts) == 1:
         return parts[0]
     return np.concatenate(parts, axis=1) if parts else np.zeros((batch, 0), np.float32)
-
-
-def logits(bias, terms):
-    """float64 [B]."""
-    first_order, pairs, deep = (part.astype(np.float64, copy=False) for part in terms)
-    return bias + first_order.sum(axis=1) + pairs.sum(axis=1) + deep

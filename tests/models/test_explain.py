@@ -47,25 +47,44 @@ def matrices(rng, columns=6, rows=60):
     return rng.integers(0, rows, (ROWS, columns)), rng.normal(size=(ROWS, columns)).astype("f")
 
 
-def logits(model, scores):
-    scores = np.asarray(scores, np.float64).ravel()
-    task = model.info["task"] if isinstance(model, deepfm_ops.scorer.Scorer) else model.plan.task
+def logits(task, scores):
+    scores = np.asarray(scores, np.float64)
+    if task == "multiclass":  # a softmax does not see a shift
+        return np.log(scores) - np.log(scores).mean(axis=-1, keepdims=True)
     return scores if task == "regression" else np.log(scores) - np.log1p(-scores)
 
 
+def predicted(model, inputs):
+    if not isinstance(model, deepfm_ops.scorer.Scorer):
+        return model.predict(inputs, verbose=0)
+    return model.score(*inputs) if isinstance(inputs, tuple) else model.score(inputs)
+
+
 def check(model, inputs, **options):
-    """The explanation, whose terms add up to what the model itself gives."""
-    found = explain(model, inputs, **options)
-    if isinstance(model, deepfm_ops.scorer.Scorer):
-        scores = model.score(*inputs) if isinstance(inputs, tuple) else model.score(inputs)
-    else:
-        scores = model.predict(inputs, verbose=0).ravel()
-    np.testing.assert_allclose(found.logit, logits(model, scores), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found.score, scores, rtol=0, atol=1e-5)
-    parts = (found.first_order.sum(axis=1), found.pairs.sum(axis=1), found.deep)
-    np.testing.assert_allclose(found.bias + sum(parts), found.logit, rtol=0, atol=1e-6)
-    assert found.first_order.shape == (len(found), len(found.first_order_fields))
-    assert found.pairs.shape == (len(found), len(found.pair_fields))
+    """The explanation of a model of one number, whose terms add up to what the model itself gives."""
+    (found,) = checks(model, inputs, [None], **options)
+    return found
+
+
+def checks(model, inputs, keys, **options):
+    """The explanation of each number; `keys` are all numbers, in order, and None that of one without a name."""
+    scores, found = predicted(model, inputs), [explain(model, inputs, head=key, **options) for key in keys]
+    scores = list(scores.values()) if isinstance(scores, dict) else [scores]
+    scores = np.concatenate([np.reshape(x, (len(x), -1)) for x in scores], axis=1)
+    is_class = np.array([one.task == "multiclass" for one in found])
+    for number, (key, one) in enumerate(zip(keys, found, strict=True)):
+        assert one.head == key
+        np.testing.assert_allclose(one.score, scores[:, number], rtol=0, atol=1e-5)
+        if not is_class[number]:
+            np.testing.assert_allclose(one.logit, logits(one.task, scores[:, number]), rtol=0, atol=1e-5)
+        parts = (one.first_order.sum(axis=1), one.pairs.sum(axis=1), one.triples, one.deep)
+        np.testing.assert_allclose(one.bias + sum(parts), one.logit, rtol=0, atol=1e-6)
+        assert one.first_order.shape == (len(one), len(one.first_order_fields))
+        assert one.pairs.shape == (len(one), len(one.pair_fields))
+    if is_class.any():
+        of_classes = np.stack([one.logit for one in found], axis=1)[:, is_class]
+        shifted = of_classes - of_classes.mean(axis=1, keepdims=True)
+        np.testing.assert_allclose(shifted, logits("multiclass", scores[:, is_class]), rtol=0, atol=1e-5)
     return found
 
 
@@ -144,7 +163,9 @@ def test_other_precisions(policy, rng):
     inputs = matrices(rng)
     bound = 1e-5 if policy == "float64" else 0.1  # the model itself computes in fewer bits
     found = explain(model, inputs)
-    np.testing.assert_allclose(found.logit, logits(model, model.predict(inputs, verbose=0)), rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        found.logit, logits("binary", model.predict(inputs, verbose=0).ravel()), rtol=0, atol=bound
+    )
     assert found.pairs.dtype == (np.float64 if policy == "float64" else np.float32)
 
 
@@ -157,7 +178,7 @@ def test_averages_and_what_keras_changes(rng):
     model.train_on_batch(inputs, np.ones(ROWS))  # raw weights are in
     found = explain(model, inputs)
     raw = found.logit.copy()
-    np.testing.assert_allclose(logits(model, model.predict(inputs, verbose=0)), raw, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits("binary", model.predict(inputs, verbose=0).ravel()), raw, rtol=0, atol=1e-5)
     lora = shuffled(DeepFM(60, 6, 5, (9,)), rng)
     lora.get_layer("hidden_0").enable_lora(2)
     check(shuffled(lora, rng), inputs)
@@ -263,6 +284,162 @@ def test_a_transformed_column(raw, rng):
     columns = [USER, DenseFeat("pair", 2, transform_fn=halved, embedding_dim=4)]
     found = check(shuffled(of_columns(columns), rng), raw)
     assert f"pair[1]={raw['pair'][3, 1] / 2:g}" in found.labels(3)[1]
+
+
+# Of several numbers, of order three, and with field weights.
+
+MOOD = [("mood", 0), ("mood", 1), ("mood", 2)]
+TASKS = {
+    "one": ("regression", [None]),
+    "named": ({"click": "binary"}, ["click"]),
+    "classes": (("multiclass", 3), [0, 1, 2]),
+    "heads": ({"mood": ("multiclass", 3), "dwell": "regression", "click": "binary"}, ["click", "dwell", *MOOD]),
+}
+INTERACTIONS = {"plain": {}, "order 3": {"order": 3}, "field weights": {"field_weights": True}}
+TABLES = [  # two groups, each of two tables
+    *(SparseFeat(name, 10, group_name="a", trainable=name == "user") for name in ("user", "tags_length")),
+    SparseFeat("book", 4, vocabulary=BOOK.vocabulary, dtype="string", group_name="a"),
+    DenseFeat("pair", 2, embedding_dim=4, group_name="b"),
+    VarLenSparseFeat(SparseFeat("tags", 6, group_name="b", trainable=False), 4, "max"),
+]
+COMBINED = [(task, kind) for kind in INTERACTIONS for task in TASKS if (task, kind) != ("one", "plain")]
+
+
+def oracle(model, groups, place):
+    """The terms of the pairs [n, M] and of all triples [n], of the embeddings [n, F, K] of each group, by loops."""
+    pairs, triples, plan = [], 0.0, model.plan
+    for number, embeddings in enumerate(groups):
+        kernel = plan.projections[number].kernel.numpy()[:, place] if plan.projections else 1.0
+        weights = plan.field_weights[number].field_weights.numpy() if plan.field_weights else np.ones(99)
+        e = np.moveaxis(embeddings.astype(np.float64), 1, 0)
+        for f, h in itertools.combinations(range(len(e)), 2):
+            pairs.append((e[f] * e[h] * kernel).sum(axis=1) * weights[h * (h - 1) // 2 + f])
+        for f, h, i in itertools.combinations(range(len(e)), 3):
+            triples += (e[f] * e[h] * e[i] * kernel).sum(axis=1)
+    return np.stack(pairs, axis=1), triples * (plan.order == 3)
+
+
+@pytest.mark.parametrize(("task", "kind"), COMBINED)
+@pytest.mark.parametrize("use_deep", [True, False], ids=["DeepFM", "FM"])
+def test_numbers_of_a_matrix_model(task, kind, use_deep, rng, tmp_path):
+    """Each has its bias, its weights and its sums of the crossings, in the model and in its scorers."""
+    task, keys = TASKS[task]
+    sizes = [1, 1, 3, 1]
+    options = {"use_deep": use_deep, "field_sizes": sizes, "task": task, **INTERACTIONS[kind]}
+    model = shuffled(DeepFM(60, 4, 5, (9, 4), **options), rng)
+    inputs = indices, values = matrices(rng)
+    table, w = tables(model)
+    embeddings = np.add.reduceat(table[indices] * values[..., np.newaxis], np.cumsum([0, *sizes[:-1]]), axis=1)
+    of_model = checks(model, inputs, keys)
+    for place, found in enumerate(of_model):
+        pairs, triples = oracle(model, [embeddings], place)
+        np.testing.assert_array_equal(found.pair_fields, list(itertools.combinations(range(4), 2)))
+        np.testing.assert_allclose(found.pairs, pairs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.triples, triples, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.first_order, w[indices, place] * values, rtol=1e-5, atol=1e-7)
+        assert found.bias == model.plan.head.bias.numpy()[place]
+    if kernels is None:
+        return
+    for form in ("float32", "int8"):
+        for found, expected in zip(checks(exported(model, tmp_path / form, form), inputs, keys), of_model, strict=True):
+            bound = 1e-6 if form == "float32" else 0.05
+            np.testing.assert_allclose(found.pairs, expected.pairs, rtol=0, atol=bound)
+            np.testing.assert_allclose(found.triples, expected.triples, rtol=0, atol=bound)
+            np.testing.assert_allclose(found.first_order, expected.first_order, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(("task", "kind"), COMBINED)
+def test_numbers_of_a_column_model(task, kind, raw, rng, tmp_path):
+    """Groups across tables, and fields that are pooled by maximum."""
+    task, keys = TASKS[task]
+    model = shuffled(of_columns(TABLES, task=task, **INTERACTIONS[kind]), rng)
+    groups = [["tags_length", "user", "book"], ["tags", "pair[0]", "pair[1]"]]
+    index = raw | {"book": np.array([" abc".index(x) for x in raw["book"]])}
+    e = {name: model.embedding(name)[index[name]] for name in ("tags_length", "user", "book", "tags")}
+    of_tags = np.where(raw["tags"][..., np.newaxis] > 0, e["tags"], -np.inf).max(axis=1)
+    e["tags"] = np.where(np.isfinite(of_tags), of_tags, 0)  # 0 is padding
+    e |= {f"pair[{i}]": model.embedding("pair")[i] * raw["pair"][:, i, np.newaxis] for i in range(2)}
+    embeddings = [np.stack([e[name] for name in names], axis=1) for names in groups]
+    of_model = checks(model, raw, keys)
+    for place, found in enumerate(of_model):
+        pairs, triples = oracle(model, embeddings, place)
+        named = [(found.fields[a], found.fields[b]) for a, b in found.pair_fields]
+        assert named == [pair for names in groups for pair in itertools.combinations(names, 2)]
+        np.testing.assert_allclose(found.pairs, pairs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.triples, triples, rtol=1e-4, atol=1e-6)
+    summary = explain(model, raw, head=keys[-1], summary=True, top=100_000)
+    assert summary.head == keys[-1]
+    np.testing.assert_allclose(summary.pairs, of_model[-1].pairs.mean(axis=0), rtol=0, atol=1e-6)
+    assert summary.triples == pytest.approx(of_model[-1].triples.mean(), abs=1e-6)
+    assert summary.triples_strength == pytest.approx(np.abs(of_model[-1].triples).mean(), abs=1e-6)
+    assert summary.logit == pytest.approx(of_model[-1].logit.mean(), abs=1e-6)
+    assert sum(pair.mean for pair in summary.feature_pairs) == pytest.approx(summary.pairs.sum(), abs=1e-5)
+    if kernels is None:
+        return
+    for found, expected in zip(checks(exported(model, tmp_path / "m"), raw, keys), of_model, strict=True):
+        for name in ("pairs", "triples", "first_order", "deep", "logit", "score"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6, err_msg=name)
+        assert found.labels(2) == expected.labels(2)
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("scorer", marks=with_kernels)])
+def test_texts_of_numbers(kind, rng, tmp_path):
+    """They say which number it is, and speak of triples only where there are any."""
+    features, _ = named(rng)
+
+    def texts(head=None, **options):
+        model = shuffled(DeepFM.from_features(features, embedding_dim=4, hidden_units=(5,), **options), rng)
+        model = exported(model, tmp_path / "m") if kind == "scorer" else model
+        found, summary = explain(model, TABLE, head=head), explain(model, TABLE, head=head, summary=True)
+        sums = pd.DataFrame(found.table(0))["value"].sum(), pd.DataFrame(summary.table())["mean"].sum() + summary.bias
+        assert sums == pytest.approx((found.logit[0], summary.logit), abs=1e-6)
+        assert found[2:].score == pytest.approx(found.score[2:]) and str(found[2:3]) == str(found[2])
+        return str(found[0]), str(summary)
+
+    one, of_many = texts(task=TASKS["classes"][0], head=1, order=3)
+    assert re.match(r"class 1: logit [-+.0-9]+, probability [.0-9]+\n", one) and of_many.startswith(
+        "class 1: 6 samples, "
+    )
+    assert re.search(r"^ +[-+.0-9]+  triples of fields$", one, re.MULTILINE) and "triples of fields" in of_many
+    one, of_many = texts(task=TASKS["heads"][0], head=("mood", 2))
+    assert one.startswith("mood, class 2: logit ") and of_many.startswith("mood, class 2: 6 samples, ")
+    assert "triples" not in one and "triples" not in of_many
+    one, _ = texts(task=TASKS["heads"][0], head="dwell")
+    assert re.match(r"dwell: logit [-+.0-9]+, prediction ", one)
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("scorer", marks=with_kernels)])
+@pytest.mark.parametrize(
+    ("task", "head", "error", "message"),
+    [
+        ("heads", None, ValueError, r"head must be 'click', 'dwell', \('mood', 0\) to \('mood', 2\), got None"),
+        ("heads", "like", KeyError, "head must be 'click', .*, got 'like'"),
+        ("heads", ("like", 0), KeyError, r"head must be 'click', .*, got \('like', 0\)"),
+        ("heads", "mood", ValueError, r"head must be .*\('mood', 0\) to \('mood', 2\), got 'mood'"),
+        ("heads", ("mood", 3), ValueError, r"\('mood', 0\) to \('mood', 2\), got \('mood', 3\)"),
+        ("heads", ("mood", True), ValueError, "got .*True"),
+        ("heads", ("click", 0), ValueError, r"head must be 'click', .* got \('click', 0\)"),
+        ("heads", 1, ValueError, "head must be 'click', .*, got 1"),
+        ("classes", None, ValueError, "head must be 0 to 2, got None"),
+        ("classes", -1, ValueError, "head must be 0 to 2, got -1"),
+        ("classes", 1.0, ValueError, "head must be 0 to 2, got 1.0"),
+        ("classes", "click", ValueError, "head must be 0 to 2, got 'click'"),
+        ("named", "like", KeyError, "head must be 'click', got 'like'"),
+        ("one", "click", ValueError, "head must be None, got 'click'"),
+        ("one", 0, ValueError, "head must be None, got 0"),
+    ],
+)
+def test_heads_that_are_refused(kind, task, head, error, message, tmp_path):
+    model = DeepFM(20, 3, 4, use_deep=False, task=TASKS[task][0])
+    model = exported(model, tmp_path / "m") if kind == "scorer" else model
+    with pytest.raises(error, match=message):
+        explain(model, (np.array([[0, 1, 2]]), np.ones((1, 3))), head=head)
+
+
+def test_the_only_number_needs_no_key(rng):
+    model, inputs = shuffled(DeepFM(60, 6, 5, (9,), task={"click": "binary"}), rng), matrices(rng)
+    found = explain(model, inputs)
+    assert found.head == "click" and str(found) == str(explain(model, inputs, head="click"))
 
 
 # Names.
@@ -450,29 +627,36 @@ def test_data_sets_of_a_scorer_and_of_columns(raw, rng, tmp_path):
     np.testing.assert_allclose(explain(model, dataset).pairs, whole.pairs, rtol=0, atol=1e-6)
 
 
-def test_pairs_of_features_are_those_of_a_loop(rng, monkeypatch):
+@pytest.mark.parametrize(("options", "head"), [({}, None), ({"task": ("multiclass", 3), "field_weights": True}, 2)])
+def test_pairs_of_features_are_those_of_a_loop(options, head, rng, monkeypatch):
     """In parts that do not hold all samples, multi-valued fields and repeated features included."""
-    model = shuffled(DeepFM(8, 3, 4, use_deep=False, field_sizes=[1, 3, 2]), rng)
+    model = shuffled(DeepFM(8, 3, 4, use_deep=False, field_sizes=[1, 3, 2], **options), rng)
+    kernel = model.plan.projections[0].kernel.numpy()[:, head] if options else 1.0
+    weights = model.plan.field_weights[0].field_weights.numpy() if options else np.ones(3)
     indices, values = matrices(rng, rows=8)
     values[rng.random(values.shape) < 0.3] = 0
     embeddings, _ = tables(model)
     expected, owner = {}, [0, 1, 1, 1, 2, 2]
     for row in range(ROWS):
         for p, q in itertools.combinations(range(6), 2):
-            term = embeddings[indices[row, p]] @ embeddings[indices[row, q]] * values[row, p] * values[row, q]
+            f, h = owner[q], owner[p]
+            term = (
+                embeddings[indices[row, p]] @ (kernel * embeddings[indices[row, q]]) * values[row, p] * values[row, q]
+            )
+            term *= weights[f * (f - 1) // 2 + h] if f > h else 0
             if owner[p] != owner[q] and term:
                 key = tuple(sorted((int(indices[row, p]), int(indices[row, q]))))
                 strength, mean, count = expected.get(key, (0, 0, 0))
                 expected[key] = strength + abs(term) / ROWS, mean + term / ROWS, count + 1
     monkeypatch.setattr("deepfm_ops.explanations.explaining.NUMBERS", 60)
-    found = explain(model, (indices, values), summary=True, top=1000).feature_pairs
+    found = explain(model, (indices, values), head=head, summary=True, top=1000).feature_pairs
     assert len(found) == len(expected) and [p.strength for p in found] == sorted(p.strength for p in found)[::-1]
     for pair in found:
         key = tuple(int(name.removeprefix("feature ")) for name in pair[:2])
         assert (pair.strength, pair.mean) == pytest.approx(expected[tuple(sorted(key))][:2], rel=1e-4, abs=1e-7)
         assert pair.occurrences == expected[tuple(sorted(key))][2] and pair.missed == 0
-    assert explain(model, (indices, values), summary=True, top=0).feature_pairs == []
-    assert len(explain(model, (indices, values), summary=True, top=3).feature_pairs) == 3
+    assert explain(model, (indices, values), head=head, summary=True, top=0).feature_pairs == []
+    assert len(explain(model, (indices, values), head=head, summary=True, top=3).feature_pairs) == 3
 
 
 def test_the_strongest_of_many_pairs_in_little_memory(rng):
@@ -647,7 +831,9 @@ def test_no_samples(raw, rng, tmp_path):
             found[0]
         with pytest.raises(ValueError, match="there is no sample to summarize"):
             explain(of, inputs, summary=True)
-    assert len(explain(of_columns(COLUMNS["everything"]), {name: x[:0] for name, x in raw.items()})) == 0
+    no_rows = {name: x[:0] for name, x in raw.items()}
+    assert len(explain(of_columns(COLUMNS["everything"]), no_rows)) == 0
+    assert explain(of_columns(COLUMNS["everything"], task=("multiclass", 3)), no_rows, head=1).score.shape == (0,)
 
 
 @with_kernels

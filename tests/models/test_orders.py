@@ -211,8 +211,6 @@ def test_saved_exported_and_cloned(options, tmp_path):
     served = tf.saved_model.load(str(tmp_path / "portable")).signatures["serving_default"]
     found = served(indices=tf.constant(x[0]), values=tf.constant(x[1]))
     np.testing.assert_allclose(next(iter(found.values())), want, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="explain takes a model of the plain second order"):
-        deepfm_ops.explain(model, x)
 
 
 def test_from_features_with_a_multivalued_field(tmp_path):

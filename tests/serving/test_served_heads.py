@@ -14,7 +14,6 @@ from deepfm_ops import (
     FeatureDictionary,
     SparseFeat,
     VarLenSparseFeat,
-    explain,
     export,
     export_scorer,
 )
@@ -157,13 +156,10 @@ def test_a_file_that_says_other_heads_than_it_holds(rng, tmp_path):
             Scorer.load(path)
 
 
-def test_explanations_and_ranks_are_of_one_number(rng, tmp_path):
+def test_ranks_are_of_one_number(rng, tmp_path):
     features = FeatureDictionary().fit({"user": ["a", "b"], "item": ["x", "y"]}, categorical=["user", "item"])
     model = DeepFM.from_features(features, embedding_dim=4, hidden_units=(8,), task=TASK)
     export_scorer(model, tmp_path / "m.scorer", features=features)
     scorer = Scorer.load(tmp_path / "m.scorer")
-    for explained in (model, scorer):
-        with pytest.raises(ValueError, match="explain takes a model of one number a sample, this one predicts {"):
-            explain(explained, {"user": ["a"], "item": ["x"]})
     with pytest.raises(ValueError, match="items are ranked by a model of one number a sample"):
         scorer.items({"item": ["x", "y"]})
