@@ -340,8 +340,9 @@ def test_numbers_of_a_matrix_model(task, kind, use_deep, rng, tmp_path):
         assert found.bias == model.plan.head.bias.numpy()[place]
     if kernels is None:
         return
-    for form in ("float32", "int8"):
-        for found, expected in zip(checks(exported(model, tmp_path / form, form), inputs, keys), of_model, strict=True):
+    for form, shards in (("float32", None), ("bfloat16", 3), ("int8", None)):
+        scorer = exported(model, tmp_path / form, form, shards=shards)
+        for found, expected in zip(checks(scorer, inputs, keys), of_model, strict=True):
             bound = 1e-6 if form == "float32" else 0.05
             np.testing.assert_allclose(found.pairs, expected.pairs, rtol=0, atol=bound)
             np.testing.assert_allclose(found.triples, expected.triples, rtol=0, atol=bound)
