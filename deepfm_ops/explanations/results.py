@@ -189,7 +189,7 @@ class Summary:
     """
 
     def __init__(self, side, total, top=0):
-        n, self._label = total.samples, side.number.label
+        self._label, n = side.number.label, total.samples
         self.num_samples, self.head, self.task, self.bias = n, side.number.key, side.task, side.bias
         self.fields, self.pair_fields = side.fields, side.pair_fields
         self.linear_fields = total.linear_fields

@@ -186,7 +186,7 @@ class Side:
 
     def _arrange(self, tasks, biases, second_order, order, field_weights, projections):
         """Fills in what follows from the layouts. The arguments are as in a `Plan`, with arrays for sources."""
-        self.tasks, self.biases, self.order, self._kernels = tasks, biases, order, projections
+        self._kernels, self.tasks, self.biases, self.order = projections, tasks, biases, order
         layouts = [layout for _, layout in self.lookups]
         starts = np.cumsum([0, *(len(layout.fields) for layout in layouts)]).tolist()
         self.fields = [field for layout in layouts for field in layout.fields]
