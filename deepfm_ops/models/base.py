@@ -9,15 +9,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from deepfm_ops import arguments, heads, replicas
-from deepfm_ops.combined import unscaled
+from deepfm_ops import heads
 from deepfm_ops.data.stream import Stream
 from deepfm_ops.models import epochs as epochs_
 from deepfm_ops.models import labels, multi_worker, recipe, replicated
+from deepfm_ops.models.losses import HeadsModel
 
 # What Keras can change in a Dense layer of a finished model: its precision by `quantize`, its kernel by `enable_lora`.
 ADAPTED = ("dtype", "quantization_config", "lora_rank", "lora_alpha")
-MEANS = ("sum_over_batch_size", "mean")  # reductions of a loss over the samples of a batch
 
 
 def clonable(model_class):
@@ -42,7 +41,7 @@ def clonable(model_class):
     return model_class
 
 
-class ConfiguredModel(keras.Model):
+class ConfiguredModel(HeadsModel):
     """A functional model that is saved as the arguments it was made with.
 
     A class below has
@@ -405,26 +404,6 @@ class ConfiguredModel(keras.Model):
         """Keras's, which fails for several processes, and for several steps per execution of several replicas."""
         return multi_worker.function(self, step) if self._is_replicated else super()._make_function(step)
 
-    # Weights are the raw ones while they are trained, and their averages, where an optimizer keeps some, wherever they
-    # are read.
-
-    def _averaging(self):
-        """The optimizer, if it keeps averages of the weights that can be shown, or None."""
-        optimizer = unscaled(getattr(self, "optimizer", None))
-        return optimizer if getattr(optimizer, "use_ema", False) and hasattr(optimizer, "show_averages") else None
-
-    def show_averages(self):
-        """Makes the weights their averages, if the optimizer keeps some; `fit` goes on from the raw ones.
-
-        `fit`, `evaluate`, `predict`, `save` and the exports do it themselves.
-        """
-        if (optimizer := self._averaging()) is not None:
-            optimizer.show_averages()
-
-    def _hide_averages(self):
-        if (optimizer := self._averaging()) is not None:
-            optimizer.hide_averages()
-
     def _first(self, prepare, name, make, force):
         """Has Keras make a function that runs steps, and prepares the weights before each of its calls."""
         before = getattr(self, name)
@@ -455,30 +434,6 @@ class ConfiguredModel(keras.Model):
 
     def make_predict_function(self, force=False):
         return self._first(self.show_averages, "predict_function", super().make_predict_function, force)
-
-    def get_weights(self):
-        self.show_averages()
-        return super().get_weights()
-
-    def set_weights(self, weights):
-        self.show_averages()  # training, and the average, go on from what is set where averages are shown
-        super().set_weights(weights)
-
-    def load_weights(self, *args, **kwargs):
-        self.show_averages()
-        super().load_weights(*args, **kwargs)
-
-    def save(self, *args, **kwargs):
-        self.show_averages()
-        return super().save(*args, **kwargs)
-
-    def save_weights(self, *args, **kwargs):
-        self.show_averages()
-        return super().save_weights(*args, **kwargs)
-
-    def export(self, *args, **kwargs):
-        self.show_averages()
-        return super().export(*args, **kwargs)
 
     def evaluate(
         self,
@@ -545,90 +500,6 @@ class ConfiguredModel(keras.Model):
             return y
         return labels.checked(self.plan.task, y)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Keras's loss; raises InvalidArgumentError for labels and sample weights that make it NaN.
-
-        Of a dict of tasks, the loss of a head is that of the samples that have its label, and 0 where none has.
-        """
-        sample_weight = keras.tree.map_structure(_usable_weights, sample_weight)
-        if isinstance(self.plan.task, dict):
-            y, sample_weight = self._masked(y, sample_weight, training)
-            return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        (y,) = self._by_head(y)
-        if tf.is_tensor(y) and (y.dtype.is_floating or y.dtype.is_integer):
-            ((head, rule),) = heads.rules(self.plan.task)
-            y = _checked_labels(head, rule, y)
-        loss = super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        if not training or replicas.others() is None or getattr(self.loss, "reduction", MEANS[0]) not in MEANS:
-            return loss
-        return self._of_all_samples(loss, tf.shape(y)[0])
-
-    def _by_head(self, y):
-        """[labels [B, 1] of each head]."""
-        return [_as_column(part) for part in labels.by_head(self.plan.task, y)]
-
-    def _masked(self, y, sample_weight, training):
-        """({head: labels}, {head: weights [B, 1]}): 0 where a label is missing, so that means are over those there."""
-        found, weights = {}, {}
-        for (head, rule), part in zip(heads.rules(self.plan.task), self._by_head(y), strict=True):
-            part = tf.cast(part, tf.float32)
-            is_there = tf.logical_not(rule.missing(part, tf.math.is_nan))
-            found[head.name] = tf.where(is_there, _checked_labels(head, rule, part), 0)
-            weight = tf.cast(is_there, tf.float32)
-            if getattr(self.loss[head.name], "reduction", MEANS[0]) in MEANS:
-                samples, there = tf.size(part), tf.math.count_nonzero(is_there)
-                if training:
-                    weight *= replicas.share(samples, replicas.total(there), weight.dtype)
-                else:
-                    weight *= tf.math.divide_no_nan(tf.cast(samples, weight.dtype), tf.cast(there, weight.dtype))
-            given = sample_weight[head.name] if isinstance(sample_weight, dict) else sample_weight
-            weights[head.name] = weight if given is None else weight * tf.cast(tf.reshape(given, (-1, 1)), weight.dtype)
-        return found, weights
-
-    def _of_all_samples(self, loss, samples):
-        """The loss of a replica with the gradient that makes the replicas' together that of the mean over a batch.
-
-        What layers and regularizers add is no mean over samples.
-        """
-        share = replicas.share(samples, replicas.total(samples), loss.dtype)
-        added = tf.add_n([tf.zeros([], loss.dtype), *map(self._aggregate_additional_loss, self.losses)])
-        learned = share * (loss - added) + added
-        return learned + tf.stop_gradient(loss - learned)
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Keras's metrics; of a dict of tasks, those of the samples that have the head's label."""
-        found = self._by_head(y)
-        if not isinstance(self.plan.task, dict):
-            return super().compute_metrics(x, found[0], y_pred, sample_weight=sample_weight)
-        there, weights = {}, {}
-        for (head, rule), part in zip(heads.rules(self.plan.task), found, strict=True):
-            rows = tf.where(~rule.missing(tf.cast(part, tf.float32), tf.math.is_nan)[:, 0])[:, 0]
-            of_head = lambda given, name=head.name: given[name] if isinstance(given, dict) else given  # noqa: E731
-            there[head.name] = tf.gather(part, rows), tf.gather(of_head(y_pred), rows)
-            given = of_head(sample_weight)
-            weights[head.name] = None if given is None else tf.gather(given, rows)
-        y, y_pred = ({name: pair[place] for name, pair in there.items()} for place in (0, 1))
-        return super().compute_metrics(x, y, y_pred, sample_weight=None if sample_weight is None else weights)
-
-
-def _usable_weights(weights):
-    if tf.is_tensor(weights) and weights.dtype.is_floating:
-        return arguments.usable("sample_weight", weights, what="argument")
-    return weights
-
-
-def _checked_labels(head, rule, y):
-    """Labels, a tensor, once they are known to be ones a loss can use, or missing where they may be."""
-    numbers = tf.cast(tf.reshape(y, [-1]), tf.float64)
-    fine = rule.usable(numbers, tf.math.floor) | rule.missing(numbers, tf.math.is_nan)
-
-    def shown():
-        row = tf.argmin(tf.cast(fine, tf.int32))
-        return row, tf.reshape(y, [-1])[row]
-
-    with tf.control_dependencies(arguments.require(tf.reduce_all(fine), labels.bad(head, rule), shown)):
-        return tf.identity(y)
-
 
 def refuse_beside_stream(**arguments):
     for name, given in arguments.items():
@@ -659,11 +530,6 @@ def _streaming(model, *inputs):
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Your input ran out of data")
         yield
-
-
-def _as_column(y):
-    """Labels [B], or of a rank that a retraced function has forgotten, as the scores are: [B, 1]."""
-    return tf.reshape(y, (-1, 1)) if tf.is_tensor(y) and y.shape.rank != 2 else y
 
 
 def _is_alike(layer, clone):
