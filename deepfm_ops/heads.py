@@ -82,18 +82,6 @@ def width(task):
     return sum(head.width for head in of(task))
 
 
-def only(task, what):
-    """The `Head` of a model that predicts one number a sample.
-
-    Raises:
-        ValueError: there are more; `what` says who needs one.
-
-    """
-    if width(task) > 1:
-        raise ValueError(f"{what} a model of one number a sample, this one predicts {task}")
-    return of(task)[0]
-
-
 class Number(NamedTuple):
     """One of the numbers of a sample.
 
@@ -107,6 +95,12 @@ class Number(NamedTuple):
     head: Head
     class_: int | None
     place: int
+
+    @property
+    def of_head(self):
+        """The slice of its head's numbers."""
+        first = self.place - (self.class_ or 0)
+        return slice(first, first + self.head.width)
 
     @property
     def key(self):

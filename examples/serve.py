@@ -15,7 +15,8 @@ With --items, the file of `scorer.items(table, key).save(path)`, it ranks them f
     curl localhost:8000/rank -d '{"user": {"user": "ann", "age": 0.3}, "k": 2, "shortlist": 1000, "among": [3, 14, 15]}'
     {"positions":[14,3],"scores":[0.71875,0.5],"keys":["Z","M"],"version":"9b1c..."}
 
-"shortlist" and "among" may be left out. Items belong to one model: of a new pair of files, which may come in any order,
+"shortlist" and "among" may be left out. A model of several heads is asked for one, {"head": "click"}, or for a class of
+one, {"head": ["mood", 2]}. Items belong to one model: of a new pair of files, which may come in any order,
 both are served from when the second is there.
 What cannot be scored is answered by 400 (not JSON), 413 (too large) or 422, and {"detail": what is wrong}. A request
 that takes too long to arrive is answered by 408, one whose body finds no memory left by 503, and its connection closed:
@@ -298,9 +299,12 @@ def _ranks(served, request, max_batch):
     if items is None:
         raise HTTPException(404, "this server ranks no items: start it with --items")
     with _refusing():
-        if not {"user", "k"} <= request.keys() <= {"user", "k", "among", "shortlist"}:
-            raise ValueError(f"the body must hold user and k, and maybe among and shortlist; got {sorted(request)}")
-        user, k, among, shortlist = (request.get(name) for name in ("user", "k", "among", "shortlist"))
+        names = ("user", "k", "among", "shortlist", "head")
+        if not {"user", "k"} <= request.keys() <= set(names):
+            raise ValueError(
+                f"the body must hold user and k, and maybe among, shortlist and head; got {sorted(request)}"
+            )
+        user, k, among, shortlist, head = map(request.get, names)
         if type(user) is not dict:
             raise TypeError("user must be an object with an input's value each")
         if type(k) is not int or type(shortlist) not in (int, type(None)):
@@ -317,7 +321,7 @@ def _ranks(served, request, max_batch):
         kinds = {name: kind for name, kind in scorer.info["kinds"].items() if name not in map(str, items.inputs)}
         _check_names("user", user, kinds, "of the user the model has")
         columns = _columns({name: [value] for name, value in user.items()}, kinds, max_batch) if kinds else {}
-        found = scorer.rank(columns, items, k, among=among, shortlist=shortlist)
+        found = scorer.rank(columns, items, k, among=among, shortlist=shortlist, head=head)
     positions, scores = (x.reshape(-1) for x in found)
     answer = {"positions": positions, "scores": scores, "version": scorer.digest}
     return _json(answer if items.key is None else answer | {"keys": items.keys(positions)})

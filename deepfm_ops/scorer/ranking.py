@@ -8,6 +8,21 @@ orders and for the second order of the fields of one side, and s for the sums of
 
 so that an item is a row [n_i, s_i], and the best ones without a deep part are those whose inner products with [1, s_u]
 are the largest. The deep part's first product is x W = x_u W_u + x_i W_i, of which the item's part is kept too.
+
+Other interactions have more vectors on a side, x_p of the user and y_q of the item, which meet by numbers m[p,q]. An
+item is then [n_i, y_1, y_2 ...], and sum over p of m[p,q] x_p asks for y_q:
+
+    sum over p, q of m[p,q] < x_p, y_q >
+
+    order 3          [s, a] on each side, a = sum over pairs of its fields of the products of their elements;
+                     < s_u, s_i > + < s_u, a_i > + < a_u, s_i >
+    field weights    the fields' embeddings; m is the weights of pairs of a field of the user and one of the item
+
+A model of H numbers, of several heads or of classes, projects its second order by a kernel P [K, H]. An item is then
+[n_i1 ... n_iH, s_i], and number j asks by [1 at j and 0 elsewhere, s_u * P[:, j]]. Of classes with the numbers z, the
+probability p of class c orders, by its logit:
+
+    log(p / (1 - p)) = z_c - log(sum over the other classes d of exp(z_d))
 """
 
 import collections.abc
@@ -40,8 +55,9 @@ class Items:
         digest: of the scorer's file: the model that they were made with.
         inputs: names of the raw inputs that the items give; the user gives the others.
         key: name of the column of keys, or None.
-        rows: float32 [N, 1 + K]: an item's number, and the sums of its embeddings.
-        hidden: float32 [N, H], its part of the first hidden layer; None of a model without one.
+        rows: float32 [N, H + W]: an item's own part of each of the model's H numbers, and what meets the user's: K sums
+            of its embeddings for each group; with an order of 3, 2 K; with field weights, K for each of its fields.
+        hidden: float32 [N, units], its part of the first hidden layer; None of a model without one.
 
     Example:
         >>> import tempfile, deepfm_ops
@@ -58,15 +74,20 @@ class Items:
     """
 
     def __init__(self, model, inputs, key):
-        heads.only(model.task, "items are ranked by")
-        if model.order != 2 or model.field_weights:
-            raise ValueError("ranking takes a plain second order, this model has an order of 3 or field_weights")
         names = _inputs(model)
         self._model, self.digest, self.inputs, self.key = model, model.digest, list(inputs), key
         self._user_inputs = [name for name in names if name not in self.inputs]
         self._item, self._user = _Side(model, self.inputs), _Side(model, self._user_inputs)
-        shared = [group for group in self._item.groups if group in self._user.groups]
-        self._item.shared = self._user.shared = shared
+        self._item.meet(self._user)
+        self._user.meet(self._item)
+        shared = self._item.shared
+        self._meetings = [_meeting(model, group, self._user, self._item) for group in shared]
+        # [H, W], what a query is multiplied by for each number.
+        self._kernels = np.ones((model.numbers, self._item.width - model.numbers), np.float32)
+        if shared and model.projections:
+            of_groups = zip(shared, self._meetings, strict=True)
+            tiled = [np.tile(model.projections[group].T, meeting.shape[1]) for group, meeting in of_groups]
+            self._kernels = np.concatenate(tiled, axis=1)
         self.rows: Any
         self.hidden: Any
         self._texts: Any = None
@@ -211,38 +232,39 @@ class Items:
         items._texts, items._starts = arrays.get("texts"), arrays.get("starts")
         return items
 
-    def rank(self, user, k, among=None, shortlist=None):
+    def rank(self, user, k, among=None, shortlist=None, head=None):
         """The items' order for users: see `Scorer.rank`."""
-        for name, number in (("k", k), ("shortlist", shortlist)):
-            good = isinstance(number, int | np.integer) and not isinstance(number, bool) and number >= 1
-            if not good and not (number is None and name == "shortlist"):
-                raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
-        is_one, queries, hidden = self._queries(user)
-        constants = queries[:, :1].copy()
-        queries[:, 0] = 1
+        for name, most in (("k", k), ("shortlist", shortlist)):
+            good = isinstance(most, int | np.integer) and not isinstance(most, bool) and most >= 1
+            if not good and not (most is None and name == "shortlist"):
+                raise ValueError(f"{name} must be a whole number from 1 on, got {most!r}")
+        number = heads.number(self._model.task, head)
+        asked = number.of_head, number.class_
+        is_one, rows, hidden = self._users(user)
         chosen = self._chosen(among)
-        k = min(int(k), len(self) if chosen is None else len(chosen))
-        if hidden is None or not k:
-            positions, values = self._best(queries, k, chosen)
+        count = len(self) if chosen is None else len(chosen)
+        k = min(int(k), count)
+        if hidden is None:
+            positions, values = self._without_deep(rows, k, chosen, *asked)
         else:
-            positions, values = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+            here = [chosen] * len(rows)
             if shortlist is not None:
-                first, _ = self._best(queries, max(k, shortlist), chosen)
-                first.sort(axis=1)
-            for row, query in enumerate(queries):
-                here = chosen if shortlist is None else first[row]
-                positions[row], values[row] = self._exact(query, hidden[row], k, here)
-        with np.errstate(all="ignore"):
-            values += constants
-        if np.isnan(values).any():
-            self._refuse(positions[np.isnan(values)][0])
-        model = self._model
-        is_binary = heads.of(model.task)[0].kind == "binary"
-        scores = kernels.head([values.reshape(-1, 1)], float(model.bias[0]), is_binary).reshape(values.shape)
+                here, _ = self._without_deep(rows, min(max(k, shortlist), count), chosen, *asked)
+                here.sort(axis=1)
+            positions, values = self._each(rows, hidden, k, here, *asked)
+        is_sigmoid = number.head.kind != "regression"
+        scores = kernels.head([values.reshape(-1, 1)], 0.0, is_sigmoid).reshape(values.shape)
         return (positions[0], scores[0]) if is_one else (positions, scores)
 
-    def _queries(self, user):
-        """(whether it is one record, rows [B, 1 + K], part of the first hidden layer with its bias or None)."""
+    def _users(self, user):
+        """Of users, with the biases.
+
+        Returns:
+            is_one: whether it is one record.
+            rows: [B, H + W], their own numbers, and what asks for items.
+            hidden: their part [B, units] of the first hidden layer, or None.
+
+        """
         given = column_names(user)
         both = [name for name in self.inputs if name in given]
         if both:
@@ -255,9 +277,23 @@ class Items:
         is_one = isinstance(user, collections.abc.Mapping)
         is_one = is_one and (not self._user_inputs or any(is_plain(user[name]) for name in self._user_inputs))
         rows, hidden = self._user(user, stacklevel=6)
+        rows[:, : self._model.numbers] += self._model.bias
+        if not self._user.is_plain:
+            rows = self._asking(rows)
         if hidden is not None:
             hidden += self._model.layers[0][1]
         return is_one, rows, hidden
+
+    def _asking(self, rows):
+        """Users' rows with what asks for the items' vectors in place of their own."""
+        own, *vectors = np.split(rows, self._user.starts, axis=1)
+        found = [own]
+        for x, meeting in zip(vectors, self._meetings, strict=True):
+            users, (parts, asked) = len(x), meeting.shape
+            dim = x.shape[1] // parts
+            asking = np.einsum("bpk,pq->bqk", x.reshape(users, parts, dim), meeting)
+            found.append(asking.reshape(users, asked * dim))
+        return np.concatenate(found, axis=1)
 
     def _chosen(self, among):
         """The positions, ascending, of a mask or of positions; None for all."""
@@ -276,38 +312,68 @@ class Items:
             raise IndexError(f"among has position {wrong}, which is not in [0, {len(self)})")
         return chosen
 
-    def _best(self, queries, k, chosen):
-        """(positions, values) [B, min(k, n)], without the deep part."""
+    def _without_deep(self, rows, k, chosen, numbers, of_class):
+        """(positions, values) [B, k] for users' rows; values are logits, or the numbers of a regression."""
+        if of_class is not None:
+            return self._each(rows, [None] * len(rows), k, [chosen] * len(rows), numbers, of_class)
+        own, queries = rows[:, numbers], rows.copy()
+        queries[:, : self._model.numbers] = 0
+        queries[:, numbers] = 1
+        queries[:, self._model.numbers :] *= self._kernels[numbers]
         places, values, nan = kernels.top_products(self.rows, queries, max(1, k), chosen, threads=self._model.threads)
         if (nan >= 0).any():
             self._refuse(nan[nan >= 0][0])
+        with np.errstate(all="ignore"):
+            values += own
+        if np.isnan(values).any():
+            self._refuse(places[np.isnan(values)][0])
         return places, values
 
-    def _exact(self, query, hidden, k, chosen):
-        """(positions, values) [k] of one user, with the deep part."""
+    def _each(self, rows, hidden, k, chosen, numbers, of_class):
+        """(positions, values) [B, k] of one user after the other, each among positions of its own or None for all."""
+        positions, values = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
+        for user in range(len(rows) if k else 0):
+            found = self._values(rows[user], hidden[user], chosen[user], numbers, of_class)
+            least = np.partition(found, len(found) - k)[len(found) - k]
+            candidates = np.flatnonzero(found >= least)
+            best = candidates[np.argsort(-found[candidates], kind="stable")[:k]]  # equal ones stay as they lie
+            positions[user], values[user] = best if chosen[user] is None else chosen[user][best], found[best]
+        return positions, values
+
+    def _values(self, row, hidden, chosen, numbers, of_class):
+        """What one user orders items by, [n]; with the deep part where its `hidden` is there."""
+        own, query = row[numbers], (row[self._model.numbers :] * self._kernels[numbers]).T
         count = len(self) if chosen is None else len(chosen)
         values = np.empty(count, np.float32)
         for start in range(0, count, _SCORED):
             block = slice(start, min(start + _SCORED, count))
             here = block if chosen is None else chosen[block]
-            x = self.hidden[here] + hidden
+            items = self.rows[here]
+            # Held to the end of the block: freed earlier, its pages go back and are faulted in anew.
+            layer = None if hidden is None else self.hidden[here] + hidden
             with forks.matrix_products, np.errstate(all="ignore"):
-                values[block] = self._model.deep_from(x)[:, 0]
-                values[block] += self.rows[here] @ query
+                x = items[:, self._model.numbers :] @ query
+                x += items[:, numbers]
+                if layer is not None:
+                    x += self._model.deep_from(layer)[:, numbers]
+                x += own
+                values[block] = x[:, 0] if of_class is None else _logit(x, of_class)
         nan = np.isnan(values)
         if nan.any():
             place = int(nan.argmax())
             self._refuse(place if chosen is None else chosen[place])
-        least = np.partition(values, count - k)[count - k]
-        candidates = np.flatnonzero(values >= least)
-        best = candidates[np.argsort(-values[candidates], kind="stable")[:k]]  # equal ones stay as they lie
-        return best if chosen is None else chosen[best], values[best]
+        return values
 
     def _refuse(self, place):
         name = (
             f"item {int(place)}" if self.key is None else f"item {_text(self._key(place))!r}, at position {int(place)},"
         )
         raise ValueError(f"{name} has a score that is NaN: mend the model's weights, or leave the item out by among")
+
+
+def _logit(x, number):
+    """The logit of a class's probability by the softmax of x [n, C]."""
+    return x[:, number] - np.logaddexp.reduce(np.delete(x, number, axis=1), axis=1)
 
 
 def _text(key):
@@ -326,18 +392,35 @@ def _inputs(model):
     return list(model.inputs)
 
 
+def _meeting(model, group, user, item):
+    """The m [P, Q] by which the vectors of a user and an item meet in a group."""
+    if model.field_weights:
+        return _square(model.field_weights[group])[np.ix_(user.groups[group], item.groups[group])]
+    return np.array([[1, 1], [1, 0]] if model.order == 3 else [[1]], np.float32)
+
+
+def _square(weights):
+    """The weights [F (F - 1) / 2] of pairs of fields as [F, F]."""
+    fields = math.isqrt(2 * len(weights)) + 1
+    found = np.zeros((fields, fields), np.float32)
+    found[np.tril_indices(fields, -1)] = weights
+    return found + found.T
+
+
 class _Side:
     """Some of a model's inputs: what they add up to without the others.
 
     Attributes:
-        groups: of the second order that they have fields in.
-        shared: those of them that the other side has fields in too.
+        groups: of the second order that they have fields in: {group: for each field whether it is theirs}.
+        shared, starts, width: those of them that the other side has fields in too, where they begin in a row, and its
+            width; after `meet`.
+        is_plain: whether a side's vectors are the sums of its embeddings alone.
         units: of the first hidden layer, or None.
 
     """
 
     def __init__(self, model, names):
-        self._names, self.groups, self.shared = names, [], []
+        self._names, self.groups = names, {}
         self._part = part = copy.copy(model)
         if model.features is not None:
             fields = model.features.fields
@@ -353,18 +436,28 @@ class _Side:
         lookups = [lookup.part(columns[lookup.encoder]) for lookup in model.lookups]
         kept = [number for number, (lookup, _) in enumerate(lookups) if lookup is not None]
         part.lookups = [lookups[number][0] for number in kept]
-        part.needs_embeddings = [model.needs_embeddings[number] for number in kept]
+        self.is_plain = model.order == 2 and not model.field_weights
+        part.needs_embeddings = [model.needs_embeddings[number] or not self.is_plain for number in kept]
         part.second_order = []
         for number, group in enumerate(model.second_order):
             if isinstance(group, int):
                 here = [kept.index(group)] if group in kept else []
+                mask = lookups[group][1]
             else:
-                fields = [(table, field) for table, field in group if lookups[table][1][field]]
+                mask = [lookups[table][1][field] for table, field in group]
+                fields = [pair for pair, is_here in zip(group, mask, strict=True) if is_here]
                 here = (
                     [[(kept.index(table), sum(lookups[table][1][:field])) for table, field in fields]] if fields else []
                 )
             part.second_order += here
-            self.groups += [number] * len(here)
+            if here:
+                self.groups[number] = mask
+        part.projections = [model.projections[number] for number in self.groups if model.projections]
+        squares = [
+            _square(model.field_weights[n])[mask][:, mask] for n, mask in self.groups.items() if model.field_weights
+        ]
+        part.field_weights = [square[np.tril_indices(len(square), -1)] for square in squares]
+        part.set_interactions()
         part.linear_dense = [name for name in model.linear_dense if name in names]
         if part.linear_dense:
             part.linear_kernel = model.linear_kernel[self._rows_of(model, model.linear_dense)]
@@ -381,16 +474,31 @@ class _Side:
         widths = [math.prod(model.inputs[name][0]) for name in dense]
         return np.repeat(np.array([name in self._names for name in dense], bool), widths)
 
-    @property
-    def width(self):
-        dims = [self._dim(self._part.second_order[self.groups.index(group)]) for group in self.shared]
-        return 1 + sum(dims)
+    def meet(self, other):
+        """Says what the other side is, before anything is computed."""
+        self.shared = [group for group in self.groups if group in other.groups]
+        widths = [self._part.numbers, *map(self._width, self.shared)]
+        *self.starts, self.width = np.cumsum(widths).tolist()
 
-    def _dim(self, group):
-        return self._part.lookups[group if isinstance(group, int) else group[0][0]].dim
+    def _width(self, group):
+        part, mask = self._part, self.groups[group]
+        of_part = part.second_order[list(self.groups).index(group)]
+        vectors = sum(mask) if part.field_weights else part.order - 1
+        return vectors * part.lookups[of_part if isinstance(of_part, int) else of_part[0][0]].dim
+
+    def _vectors(self, group, sums, embeddings):
+        """What meets the other side in a group, [B, W of it]."""
+        number = list(self.groups).index(group)
+        if self.is_plain:
+            return sums[number]
+        e = self._part.together(number, embeddings)
+        if self._part.field_weights:
+            return e.reshape(len(e), e.shape[1] * e.shape[2])
+        pairs = (e[:, 1:] * e.cumsum(axis=1)[:, :-1]).sum(axis=1)
+        return np.concatenate([sums[number], pairs], axis=1)
 
     def __call__(self, table, stacklevel):
-        """(rows [B, 1 + K], hidden [B, H] or None) of a table; one row for a side without inputs.
+        """(rows [B, H + W], hidden [B, units] or None) of a table; one row for a side without inputs.
 
         Warnings are raised `stacklevel` frames above `_Model.raw_inputs`.
         """
@@ -408,17 +516,15 @@ class _Side:
             numbers = {name: array[block] for name, array in inputs.items()}
             parts, sums, embeddings = part.parts(here, numbers)
             for x in parts:
-                rows[block, :1] += x
-            column = 1
-            for group in self.shared:
-                x = sums[self.groups.index(group)]
+                rows[block, : part.numbers] += x
+            for group, column in zip(self.shared, self.starts, strict=True):
+                x = self._vectors(group, sums, embeddings)
                 rows[block, column : column + x.shape[1]] = x
-                column += x.shape[1]
             if part.deep is not None and len(self._kernel):
                 x = part.deep_input(embeddings, numbers)
                 with forks.matrix_products:
                     if hidden is None:
-                        rows[block, :1] += x @ self._kernel
+                        rows[block, : part.numbers] += x @ self._kernel
                     else:
                         hidden[block] = x @ self._kernel
         return rows, hidden

@@ -202,12 +202,12 @@ class Scorer:
         """
         return Items.of(self._model, table, key)
 
-    def rank(self, user, items, k, *, among=None, shortlist=None):
+    def rank(self, user, items, k, *, among=None, shortlist=None, head=None):
         """The k items of the highest scores, those that `score` gives the joined rows to 1e-5.
 
         Without a deep part it is one pass over `items.rows`. With one, the hidden layers are computed for each item,
         from the first layer's sum on, or for those of a shortlist: the items that are first without the deep part.
-        `recall` says what a shortlist loses.
+        `recall` says what a shortlist loses. The probability of a class needs the numbers of all classes of each item.
 
         Args:
             user: the raw inputs that the items do not give: one record, a dict of plain values; or a table of users.
@@ -215,6 +215,8 @@ class Scorer:
             k: how many, from 1 on; where it is more than there are, all of them.
             among: the items that count: a mask, bool [N], or positions. None: all.
             shortlist: how many items, k at least, get their deep part. None: all.
+            head: of several, the name of the one that orders, or (name, class): by the probability of a class; of a
+                model of classes alone, the class. None: the model's only number.
 
         Returns:
             positions: int64 [k] of a record, or [B, k] of a table, of the highest score first; equal ones as they lie.
@@ -222,8 +224,8 @@ class Scorer:
 
         Raises:
             ValueError: items of another model, an input that the user and the items give, an item whose score is NaN,
-                k, among or shortlist that cannot be; inputs that do not fit the model.
-            KeyError: inputs that neither gives.
+                k, among, shortlist or head that cannot be; inputs that do not fit the model.
+            KeyError: inputs that neither gives, or a head of another name.
             IndexError: a position that no item has.
             TypeError: something that is no table or no Items, or inputs of another kind.
 
@@ -235,16 +237,16 @@ class Scorer:
             raise ValueError(
                 f"items were made with the model {items.digest}, this scorer has {model.digest}: make them anew"
             )
-        return items.rank(user, k, among, shortlist)
+        return items.rank(user, k, among, shortlist, head)
 
-    def recall(self, user, items, k, shortlist, *, among=None):
+    def recall(self, user, items, k, shortlist, *, among=None, head=None):
         """The share of the first k items that `rank` finds with a shortlist, the mean over the users.
 
         Raises: what `rank` raises.
 
         """
         exact, found = (
-            np.atleast_2d(self.rank(user, items, k, among=among, shortlist=n)[0]) for n in (None, shortlist)
+            np.atleast_2d(self.rank(user, items, k, among=among, shortlist=n, head=head)[0]) for n in (None, shortlist)
         )
         shares = [np.isin(right, got).mean() for right, got in zip(exact, found, strict=True) if len(right)]
         return float(np.mean(shares)) if shares else 1.0
@@ -420,9 +422,7 @@ class _Model:
         self.field_weights = [
             np.array(arrays[f"field_weights_{i}"]) for i in range(len(self.second_order)) if plan.get("field_weights")
         ]
-        for number, group in enumerate(self.second_order):
-            if isinstance(group, int):
-                self.lookups[group].interaction = self.interaction(number)
+        self.set_interactions()
         self.inputs, self.linear_dense, self.deep_dense = plan["inputs"], plan["linear_dense"], plan["deep_dense"]
         self.sequences = set().union(*(sequence_names(encoder.plan.columns) for encoder in self.encoders))
         self.linear_kernel = arrays.get("linear_kernel")
@@ -540,6 +540,19 @@ class _Model:
         weights = self.field_weights[number] if self.field_weights else None
         return {"order": self.order, "field_weights": weights}
 
+    def set_interactions(self):
+        """Tells the lookups whose fields all interact how they do."""
+        for number, group in enumerate(self.second_order):
+            if isinstance(group, int):
+                self.lookups[group].interaction = self.interaction(number)
+
+    def together(self, number, embeddings):
+        """The embeddings [B, F, K] that interact in a second order, of those of each lookup."""
+        group = self.second_order[number]
+        if isinstance(group, int):
+            return embeddings[group]
+        return np.stack([embeddings[table][:, field] for table, field in group], axis=1)
+
     def crossed(self, number, e):
         """A second order, [B, 1], or [B, K] for a vector, of its embeddings [B, F, K]: the kernel's table here."""
         batch, fields, dim = e.shape
@@ -594,7 +607,7 @@ class _Model:
                 found.append(interactions[group][0])
                 sums.append(interactions[group][1])
             else:
-                chosen = np.stack([embeddings[table][:, field] for table, field in group], axis=1)
+                chosen = self.together(number, embeddings)
                 found.append(self.crossed(number, chosen))
                 sums.append(chosen.sum(axis=1))
         parts += self._projected(found)

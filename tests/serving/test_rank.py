@@ -26,6 +26,10 @@ KINDS = {
     "batch_norm": {"batch_norm": True},
     "gelu's kin": {"activation": "silu"},
     "regression": {"task": "regression"},
+    "FM of order 3": {"order": 3, "use_deep": False},
+    "DeepFM of order 3": {"order": 3},
+    "FM with field weights": {"field_weights": True, "use_deep": False},
+    "DeepFM with field weights": {"field_weights": True},
 }
 N = 83
 
@@ -55,15 +59,23 @@ def joined(user, items, row=None):
     return items | {name: [x if row is None else x[row]] * count for name, x in user.items()}
 
 
-def check(scorer, users, table, k=10, **options):
+def score(scorer, table, head=None):
+    """The scores of one head [N]."""
+    name, number = head if isinstance(head, tuple) else (head, None) if isinstance(head, str) else (None, head)
+    scores = scorer.score(table)
+    scores = scores if name is None else scores[name]
+    return scores if number is None else scores[:, number]
+
+
+def check(scorer, users, table, k=10, head=None, items=None, **options):
     """Ranks a table of users, each with the joined rows' scores and in their order."""
-    items = scorer.items(table)
-    positions, scores = scorer.rank(users, items, k, **options)
+    items = scorer.items(table) if items is None else items
+    positions, scores = scorer.rank(users, items, k, head=head, **options)
     count = len(next(iter(users.values())))
     assert positions.shape == scores.shape == (count, min(k, N)) and positions.dtype == np.int64
     assert scores.dtype == np.float32
     for row in range(count):
-        want = scorer.score(joined(users, table, row))
+        want = score(scorer, joined(users, table, row), head)
         np.testing.assert_allclose(scores[row], want[positions[row]], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(scores[row], np.sort(want)[::-1][:k], rtol=1e-5, atol=1e-5)
         assert len(set(positions[row].tolist())) == min(k, N)
@@ -128,7 +140,7 @@ def test_scores_of_raw_features(kind, make, table):
 @pytest.mark.parametrize(
     "export", [{"table": "int8"}, {"table": "bfloat16"}, {"shards": 3}, {"table": "int8", "shards": 2}], ids=str
 )
-@pytest.mark.parametrize("kind", ["FM", "DeepFM", "LR"])
+@pytest.mark.parametrize("kind", ["FM", "DeepFM", "LR", "DeepFM of order 3"])
 def test_scores_of_narrow_and_sharded_tables(kind, export, make, table):
     check(make(export=export, **KINDS[kind]), USERS, table)
 
@@ -147,11 +159,13 @@ COLUMNS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["FM", "DeepFM"])
-def test_scores_of_columns(kind, rng, tmp_path):
+@pytest.mark.parametrize("interaction", [{}, {"order": 3}, {"field_weights": True}], ids=str)
+@pytest.mark.parametrize(("kind", "task"), [("FM", "heads"), ("DeepFM", "binary"), ("DeepFM", "heads")])
+def test_scores_of_columns(kind, task, interaction, rng, tmp_path):
     """Groups that one side has alone, tables that both share, maxima, lengths and weights on each side."""
-    hidden = () if kind == "FM" else (6, 3)
-    model = DeepFM.from_columns(COLUMNS, COLUMNS, fm_group=["default_group", "b", "c"], dnn_hidden_units=hidden)
+    options = {"dnn_hidden_units": () if kind == "FM" else (6, 3), "task": TASK if task == "heads" else task}
+    options |= interaction
+    model = DeepFM.from_columns(COLUMNS, COLUMNS, fm_group=["default_group", "b", "c"], **options)
     shuffled(model, rng)
     deepfm_ops.export_scorer(model, tmp_path / "m")
     scorer = Scorer.load(tmp_path / "m")
@@ -160,12 +174,13 @@ def test_scores_of_columns(kind, rng, tmp_path):
     item |= {"strength": rng.normal(size=(N, 2)).tolist(), "tier": integers(4, N)}
     user = {"city": ["Rome", "Oslo"], "liked": integers(90, 2, 3), "count": [2, 0], "shop": [1, 2]}
     user |= {"age": [[0.5, 2], [1, 3]], "income": [[1.0, 2], [3, 4]]}
-    check(scorer, user, item)
     swapped = scorer.items(user)  # the users are the items
-    positions, scores = scorer.rank({name: x[:5] for name, x in item.items()}, swapped, 2)
-    for row in range(5):
-        want = scorer.score(joined(item, user, row))
-        np.testing.assert_allclose(scores[row], want[positions[row]], rtol=1e-5, atol=1e-5)
+    for head in HEADS if task == "heads" else [None]:
+        check(scorer, user, item, head=head)
+        positions, scores = scorer.rank({name: x[:5] for name, x in item.items()}, swapped, 2, head=head)
+        for row in range(5):
+            want = score(scorer, joined(item, user, row), head)
+            np.testing.assert_allclose(scores[row], want[positions[row]], rtol=1e-5, atol=1e-5)
     split = {name: x for name, x in item.items() if name != "strength"}
     with pytest.raises(ValueError, match=r"column 'words' needs \['words', 'strength'\] of one side"):
         scorer.items(split)
@@ -193,6 +208,95 @@ def test_tables_of_pandas_and_many_blocks(make, table, monkeypatch):
     np.testing.assert_allclose(blocks.hidden, whole.hidden, rtol=0, atol=1e-5)
     check(scorer, USERS, table)
     assert scorer.rank(pd.DataFrame(USERS), blocks, 3)[0].shape == (4, 3)
+
+
+# Heads.
+
+TASK = {"click": "binary", "dwell": "regression", "mood": ("multiclass", 3)}
+HEADS = ["click", "dwell", ("mood", 0), ("mood", 2)]
+
+
+WIDTHS = {"LR": 0, "FM": 7, "no hidden layer": 7, "FM of order 3": 14, "DeepFM with field weights": 5 * 7}
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_scores_of_heads(kind, make, table, tmp_path):
+    """By items that are encoded once for all of them."""
+    scorer = make(threads=2, task=TASK, **KINDS[kind])
+    items = scorer.items(table, key="item")
+    assert items.rows.shape == (N, 5 + WIDTHS[kind])
+    items.save(tmp_path / "i")
+    loaded = Items.load(tmp_path / "i", scorer)
+    manifest, arrays = scorer_file.read_items(tmp_path / "i")
+    sealed(tmp_path / "narrow", packed(manifest, {**arrays, "rows": arrays["rows"][:, 1:].copy()}))
+    with pytest.raises(ScorerFileError, match=f"array 'rows' must be float32 .83, {5 + WIDTHS[kind]}.,"):
+        Items.load(tmp_path / "narrow", scorer)
+    for head in HEADS:
+        check(scorer, USERS, table, head=head, items=loaded)
+    changed = {name: list(x) for name, x in table.items()}
+    changed["price"][4], changed["tags"][4] = 2.5, ["d"]
+    loaded.update({name: x[4:5] for name, x in changed.items()})
+    for head in HEADS:
+        check(scorer, USERS, changed, head=head, items=loaded)
+        check(scorer, USERS, changed, head=head, items=loaded, shortlist=N)
+
+
+def test_shortlists_of_heads(make, table):
+    """What is on the list has the exact score, and the list is that of the head without its deep part."""
+    scorer = make(hidden_units=(64, 32), task=TASK)
+    items, record = scorer.items(table), {name: x[0] for name, x in USERS.items()}
+    own = items._users(record)[1][0]
+    numbers = own[:5] + items.rows[:, :5] + (items.rows[:, 5:] * own[5:]) @ scorer._model.projections[0]
+    odds = np.exp(numbers[:, 2:])
+    for head, by in zip(HEADS, [*numbers.T[:2], *(odds.T[[0, 2]] / odds.sum(axis=1))], strict=True):
+        want = score(scorer, joined(record, table), head)
+        short, scores = scorer.rank(record, items, 10, shortlist=12, head=head)
+        np.testing.assert_allclose(scores, want[short], rtol=1e-5, atol=1e-5)
+        listed = first(by, 12)
+        assert short.tolist() == [place for place in first(want, N) if place in listed][:10] != first(want, 10)
+        assert scorer.recall(record, items, 10, 12, head=head) == np.isin(first(want, 10), short).mean()
+
+
+def test_a_probability_of_classes_alone(make, table):
+    scorer = make(task=("multiclass", 4))
+    for number in range(4):
+        items = check(scorer, USERS, table, head=number)
+    some = np.arange(N) % 3 == 0
+    positions, _ = scorer.rank(USERS, items, 7, head=1, among=some)
+    for row in range(4):
+        want = score(scorer, joined(USERS, table, row), 1)
+        np.testing.assert_allclose(want[positions[row]], np.sort(want[some])[::-1][:7], rtol=1e-5, atol=1e-5)
+    items.rows[[40, 11], 3] = np.nan
+    with pytest.raises(ValueError, match="item 11 has a score that is NaN"):
+        scorer.rank(USERS, items, 3, head=1)
+
+
+def test_the_only_head_needs_no_name(make, table):
+    scorer = make(task={"click": "binary"})
+    check(scorer, USERS, table, head="click")
+    positions, _ = scorer.rank(USERS, scorer.items(table), 5)
+    np.testing.assert_array_equal(positions, scorer.rank(USERS, scorer.items(table), 5, head="click")[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "heads", "text"),
+    [
+        (
+            TASK,
+            [None, "x", 0, "mood", ("mood", 3), ("mood", -1), ("mood", True), ("mood", 1.0), ("click", 0), {}],
+            r"head must be 'click', 'dwell', \('mood', 0\) to \('mood', 2\), got ",
+        ),
+        (("multiclass", 4), [None, 4, "a", True, (None, 2)], "head must be 0 to 3, got "),
+        ("regression", ["x", 0], "head must be None, got "),
+    ],
+    ids=["heads", "classes", "one"],
+)
+def test_heads_that_are_not_there(task, heads, text, make, table):
+    scorer = make(task=task)
+    items = scorer.items(table)
+    for head in heads:
+        with pytest.raises(KeyError if head == "x" and isinstance(task, dict) else ValueError, match=text):
+            scorer.rank(USERS, items, 3, head=head)
 
 
 # Order.
@@ -245,9 +349,9 @@ def test_shortlists_and_their_recall(make, table):
     short, scores = scorer.rank(record, items, 10, shortlist=12)
     np.testing.assert_allclose(scores, values[[exact.tolist().index(place) for place in short]], rtol=0, atol=1e-6)
     assert (np.diff(scores) <= 0).all() and short.tolist() != exact[:10].tolist()
-    queries = items._queries(record)[1]
-    queries[:, 0] = 1
-    listed = first(items.rows @ queries[0], 12)
+    query = items._users(record)[1][0]
+    query[0] = 1
+    listed = first(items.rows @ query, 12)
     np.testing.assert_array_equal(short, [place for place in exact if place in listed][:10])
     assert scorer.recall(record, items, 10, 12) == np.isin(exact[:10], short).mean()
     assert scorer.recall(USERS, items, 10, N) == scorer.recall(USERS, items, 10, 10**9) == 1

@@ -547,7 +547,7 @@ def test_a_newer_format(small_file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(scorer_file, "FORMAT", 7)
         scorer_file.write(small_file, manifest, arrays)
-    with pytest.raises(ScorerFileError, match="is of format 7, this version of deepfm_ops reads 4: upgrade deepfm_ops"):
+    with pytest.raises(ScorerFileError, match="is of format 7, this version of deepfm_ops reads 5: upgrade deepfm_ops"):
         Scorer.load(small_file)
 
 

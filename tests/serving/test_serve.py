@@ -107,7 +107,8 @@ def _models(tmp_path_factory):
     films = {"genres": [["war"], ["drama", "war"], [], ["war"]], "sku": list("wxyz")}
     loaded.items(films, "sku").save(folder / "items")
     loaded.items({"genres": films["genres"]}).save(folder / "without keys")
-    other = DeepFM(features.num_features, 3, 4, (5,), field_sizes=features.field_sizes, seed=4)
+    task = {"click": "binary", "mood": ("multiclass", 3)}
+    other = DeepFM(features.num_features, 3, 4, (5,), field_sizes=features.field_sizes, seed=4, task=task)
     deepfm_ops.export_scorer(other, folder / "other", features=features)
     scorer.Scorer.load(folder / "other").items(films, "sku").save(folder / "other items")
     return {path.name: path for path in folder.iterdir()}
@@ -445,7 +446,7 @@ ANN = {"user": "ann", "age": 0.5}
         (b"{", 400, "the body is not JSON"),
         (b" " * 60_001, 413, "the body has more than 60000 bytes"),
         ([1], 422, "the body must be a JSON object"),
-        ({}, 422, r"must hold user and k, and maybe among and shortlist; got \[\]"),
+        ({}, 422, r"must hold user and k, and maybe among, shortlist and head; got \[\]"),
         ({"user": ANN, "k": 3, "n": 1}, 422, r"got \['k', 'n', 'user'\]"),
         ({"user": ["ann"], "k": 3}, 422, "user must be an object with an input's value each"),
         ({"user": ANN, "k": 51}, 413, "k is 51, at most 50 are allowed"),
@@ -455,6 +456,7 @@ ANN = {"user": "ann", "age": 0.5}
         ({"user": ANN, "k": True}, 422, "k and shortlist must be integers"),
         ({"user": ANN, "k": 3, "shortlist": "9"}, 422, "k and shortlist must be integers"),
         ({"user": ANN, "k": 3, "shortlist": -1}, 422, "shortlist must be a whole number from 1 on, got -1"),
+        ({"user": ANN, "k": 3, "head": {"a": []}}, 422, r"head must be None, got {'a': \[\]}"),
         ({"user": ANN, "k": 3, "among": 1}, 422, "among must be a list of positions"),
         ({"user": ANN, "k": 3, "among": [1, 2.0]}, 422, "among must be a list of positions"),
         ({"user": ANN, "k": 3, "among": [True]}, 422, "among must be a list of positions"),
@@ -484,7 +486,7 @@ def test_a_server_without_items(server):
 
 
 def test_reload_of_a_model_and_its_items(models, tmp_path):
-    """Whichever comes first, the old pair stays until both are there."""
+    """Whichever comes first, the old pair stays until both are there. The new one has heads, of which one is meant."""
     path, items = tmp_path / "served", tmp_path / "served items"
     pairs = [("features", "items"), ("other", "other items")]
     digests = [scorer.Scorer.load(models[name]).digest for name, _ in pairs]
@@ -492,7 +494,7 @@ def test_reload_of_a_model_and_its_items(models, tmp_path):
     replace(items, models["without keys"])
     body = {"user": ANN, "k": 3}
     with serving(tmp_path, path, switches=["--items", items]) as server:
-        ranked = lambda: server.call("POST", "/rank", body)[1]  # noqa: E731
+        ranked = lambda **options: server.call("POST", "/rank", body | options)[1]  # noqa: E731
         assert ranked().keys() == {"positions", "scores", "version"}
         replace(items, models["items"])  # of the same model
         server.wait_for(lambda: "keys" in ranked())
@@ -500,11 +502,19 @@ def test_reload_of_a_model_and_its_items(models, tmp_path):
         server.wait_for(lambda: "the old model stays: " in server.log.read_text())
         assert ranked()["version"] == server.version() == digests[0]
         replace(items, models["other items"])
-        server.wait_for(lambda: ranked()["version"] == digests[1])
+        server.wait_for(lambda: ranked(head="click").get("version") == digests[1])
+        loaded = scorer.Scorer.load(models["other"])
+        for head in ("click", ["mood", 2]):
+            found = loaded.rank(ANN, scorer.Items.load(models["other items"], loaded), 3, head=head)
+            answer = ranked(head=head)
+            assert answer["positions"] == found[0].tolist()
+            np.testing.assert_allclose(np.float32(answer["scores"]), found[1], rtol=0, atol=1e-6)
+        status, answer = server.call("POST", "/rank", body)
+        assert (status, answer["detail"]) == (422, "head must be 'click', ('mood', 0) to ('mood', 2), got None")
         replace(items, models["items"])
         server.wait_for(lambda: server.log.read_text().count("the old model stays: ") == 2)
         replace(path, models["features"])
-        server.wait_for(lambda: ranked()["version"] == server.version() == digests[0])
+        server.wait_for(lambda: ranked().get("version") == server.version() == digests[0])
 
 
 def test_reload(models, tmp_path):

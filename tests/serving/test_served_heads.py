@@ -154,12 +154,3 @@ def test_a_file_that_says_other_heads_than_it_holds(rng, tmp_path):
         file.write(path, manifest, arrays | {name: arrays[name][..., :-1].copy()})
         with pytest.raises(ScorerFileError, match="must be"):
             Scorer.load(path)
-
-
-def test_ranks_are_of_one_number(rng, tmp_path):
-    features = FeatureDictionary().fit({"user": ["a", "b"], "item": ["x", "y"]}, categorical=["user", "item"])
-    model = DeepFM.from_features(features, embedding_dim=4, hidden_units=(8,), task=TASK)
-    export_scorer(model, tmp_path / "m.scorer", features=features)
-    scorer = Scorer.load(tmp_path / "m.scorer")
-    with pytest.raises(ValueError, match="items are ranked by a model of one number a sample"):
-        scorer.items({"item": ["x", "y"]})
