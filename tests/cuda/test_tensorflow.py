@@ -14,8 +14,7 @@ from deepfm_ops import _build, _library
 
 pytestmark = pytest.mark.skipif(REFERENCE_MODE, reason="kernels of the native op")
 HERE = pathlib.Path(__file__).parent
-CUDA = "_ZN6deepfm4cuda9emulation11open_memoryE"  # deepfm::cuda::emulation::open_memory
-READ_ON_THE_HOST = f"""
+READ_ON_THE_HOST = """
 import ctypes, emulated
 emulated.load()
 import tensorflow as tf, deepfm_ops
@@ -23,8 +22,7 @@ table = tf.Variable(tf.ones((4, 2)))
 y = deepfm_ops.fm_interaction(table, [[0, 1]])
 print(table.device, y.numpy(), flush=True)
 # From now on memory stays closed while a kernel runs: it does what the host does that reads memory of the device.
-library = ctypes.CDLL(str(emulated.BUILD / "_native.so"))
-ctypes.c_void_p.in_dll(library, "{CUDA}").value = None
+ctypes.CDLL(str(emulated.BUILD / "_native.so")).keep_device_memory_closed()
 print("reads", flush=True)
 deepfm_ops.fm_interaction(table, [[0, 1]])
 print("read", flush=True)
