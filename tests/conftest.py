@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import sys
@@ -8,6 +9,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import numpy as np
 import pytest
 from testing import FUNCTIONS
+
+# A tenth of the time would go into looking for garbage among TensorFlow's modules and graphs.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(params=FUNCTIONS, name="fm")

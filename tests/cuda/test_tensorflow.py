@@ -8,7 +8,7 @@ import sys
 
 import emulated
 import pytest
-from testing import REFERENCE_MODE, run_python
+from testing import REFERENCE_MODE, run_with_tensorflow
 
 from deepfm_ops import _build, _library
 
@@ -69,7 +69,7 @@ def test_the_library_as_it_was_built():
     """With CUDA or without, and here without a driver: it loads, and has the kernels that it says it has."""
     import json
 
-    info, kernels = json.loads(run_python(KERNELS).splitlines()[-1])
+    info, kernels = json.loads(run_with_tensorflow(KERNELS).splitlines()[-1])
     assert info["native"] and len(kernels) == 6
     gpu = [["GPU", 1], ["GPU", 14], ["GPU", 19]]  # float32, bfloat16, float16
     for where in kernels.values():

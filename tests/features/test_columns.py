@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from testing import oracle, run_python
+from testing import oracle, run_with_tensorflow
 
 from deepfm_ops import DeepFM, DenseFeat, SparseFeat, VarLenSparseFeat, get_feature_names
 from deepfm_ops import deepctr as deepctr_names
@@ -442,5 +442,5 @@ history = model.fit(model_input, train[target].values, batch_size=64, epochs=2, 
 pred_ans = model.predict(model_input, batch_size=64, verbose=0)
 print(pred_ans.shape, list(build_input_features(dnn_feature_columns)) == feature_names)
 """
-    assert run_python(script).split("\n")[-2] == "(200, 1) True"
+    assert run_with_tensorflow(script).split("\n")[-2] == "(200, 1) True"
     assert deepctr_names.SparseFeat is SparseFeat

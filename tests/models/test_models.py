@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from testing import REFERENCE_MODE, dense_samples, oracle, run_python
+from testing import REFERENCE_MODE, dense_samples, oracle, run_python, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import DeepFM, optimizers
@@ -103,7 +103,7 @@ import deepfm_ops.models
 scores = keras.models.load_model({str(tmp_path / "model.keras")!r}).predict(inputs, verbose=0)
 print(np.abs(scores - data["scores"]).max() < 1e-6, np.abs(served - data["scores"]).max() < 1e-6)
 """
-    assert run_python(code).split()[-2:] == ["True", "True"]
+    assert run_with_tensorflow(code).split()[-2:] == ["True", "True"]
 
 
 def test_one_seed_gives_one_model(data):

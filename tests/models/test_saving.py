@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from testing import run_python
+from testing import run_python, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import (
@@ -301,7 +301,7 @@ data = np.load({str(tmp_path / "data.npz")!r})
 model = tf.saved_model.load({str(tmp_path / "m")!r})
 print(model.serve((data["indices"], data["values"])).numpy().ravel().tolist())
 """
-    np.testing.assert_allclose(eval(run_python(code, tmp_path)), expected[:, 0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(eval(run_with_tensorflow(code, tmp_path)), expected[:, 0], rtol=0, atol=1e-6)
 
 
 # Rows by name.
