@@ -80,6 +80,10 @@ def tolerance(dtype, samples, table):
 
 
 LIMIT = 300  # seconds, of a process
+# The environment of processes without pandas and matplotlib, which Keras imports if they are there: a third of the time
+# that importing TensorFlow takes.
+_LIGHT = str(pathlib.Path(__file__).with_name("light"))
+LIGHT = {"PYTHONPATH": os.pathsep.join([_LIGHT, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def run_python(code, folder=None, **environment):
