@@ -8,16 +8,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import numpy as np
 import pytest
-from testing import FUNCTIONS
-
-# A tenth of the time would go into looking for garbage among TensorFlow's modules and graphs.
-gc.freeze()
-gc.set_threshold(50_000, 20, 20)
 
 
-@pytest.fixture(params=FUNCTIONS, name="fm")
+def pytest_collection_finish():
+    """A tenth of the time would go into looking for garbage among TensorFlow's modules and graphs."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(params=["op", "reference"], name="fm")
 def _fm(request):
     """`fm_interaction`, of the package and of the reference."""
+    from testing import FUNCTIONS  # TensorFlow is not for the process that hands out the tests
+
     return FUNCTIONS[request.param]
 
 
