@@ -297,7 +297,7 @@ def test_resumes_in_the_middle(steps, folder, learnable, tmp_path):
         return weights_of(model)
 
     straight = run("straight")
-    for after in (7, 4, 9):
+    for after in (7, 4, 9) if steps == 1 else (7,):
         with pytest.raises(KeyboardInterrupt):
             run("stopped", Stop(after))
     for a, b in zip(straight, run("stopped"), strict=True):

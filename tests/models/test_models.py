@@ -72,13 +72,15 @@ def test_trains_saves_loads_and_exports(kind, data, tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.get_config() == model.get_config()
-    np.testing.assert_array_equal(again.predict(inputs, verbose=0), scores)
+    np.testing.assert_array_equal(again(inputs), model(inputs))
+    if kind not in ("LR", "DNN", "everything", "fields", "reference"):
+        return  # what follows takes seconds, and these five have every part
     again.fit(inputs, labels, epochs=1, verbose=0)  # the optimizer came along
 
     model.save_weights(tmp_path / "model.weights.h5")
     fresh = make(kind)
     fresh.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(fresh.predict(inputs, verbose=0), scores)
+    np.testing.assert_array_equal(fresh(inputs), model(inputs))
 
     model.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")

@@ -17,7 +17,7 @@ def huge_pages():
     return file.read_text() if file.exists() else "[never]"
 
 
-FORKS = int(os.environ.get("DEEPFM_OPS_FORKS", 150))
+FORKS = int(os.environ.get("DEEPFM_OPS_FORKS", 60))
 
 # work(threads) goes through everything that shares threads or kept memory, and returns the bits of its results.
 WORK = """
