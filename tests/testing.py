@@ -1,5 +1,6 @@
 """What the tests share: the oracle, the inputs' forms, tolerances."""
 
+import contextlib
 import functools
 import json
 import os
@@ -107,7 +108,7 @@ def _warm():
 class Process:
     """A process that has imported TensorFlow at once: a fork of one that did, and knows nothing of ours.
 
-    There is one at a time: `wait` for it before the next. `stdout` can be read line by line.
+    There is one at a time: the next one kills whom nobody has waited for. `stdout` can be read line by line.
 
     Args:
         code: what it runs.
@@ -117,7 +118,12 @@ class Process:
 
     """
 
+    _running = None
+
     def __init__(self, code, *arguments, folder=None, **environment):
+        if Process._running:  # of a test that failed
+            Process._running.kill()
+            Process._running.wait()
         self._folder = tempfile.TemporaryDirectory()
         out, self._err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
         os.mkfifo(out)
@@ -126,17 +132,21 @@ class Process:
         _warm().stdin.write(json.dumps(request, default=str).encode() + b"\n")
         self.pid = int(_warm().stdout.readline())
         self._limit = threading.Timer(LIMIT, self.kill)
+        self._limit.daemon = True
         self._limit.start()
         self.stdout = open(out)
+        Process._running = self
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self):
         """(exit code, what it printed and nobody has read, its errors), when it has ended."""
         with self._folder, self.stdout:
             printed, code = self.stdout.read(), int(_warm().stdout.readline())
             self._limit.cancel()
+            Process._running = None
             return code, printed, pathlib.Path(self._err).read_text()
 
 
