@@ -22,12 +22,14 @@ BIN := .venv/bin
 TENSORFLOW_VERSION ?= $(shell $(PYTHON) -c 'import runpy; print(runpy.run_path("deepfm_ops/_version.py")["TENSORFLOW"][-1])')
 SOURCES := $(shell find csrc -type f)
 
-INDEPENDENT := models/test_saving models/test_private_names $(addprefix serving/test_,rank scorer serve shards) \
-  $(addprefix cluster/test_,config feeding launch model storage training) $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
-  $(addprefix cuda/test_,cases device_code dlpack) \
-  $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources) \
+INDEPENDENT := $(addprefix models/test_,epochs head_streams private_names saving) \
+  $(addprefix serving/test_,crafted rank scorer serve shards) \
+  $(addprefix cluster/test_,config feeding launch model sharded_heads storage training) \
+  $(addprefix op/test_,kernels processes changing_inputs native_fuzz) \
+  $(addprefix cuda/test_,cases device_code dlpack tensorflow) \
+  $(addprefix data/test_,bad_records criteo dictionary_file libsvm synthetic sources stream) \
   $(addprefix features/test_,dictionary values tables bad_input datasets vocabulary) \
-  $(addprefix package/test_,first_use wheel types)# of the op and its fallback: tested once
+  $(addprefix package/test_,first_use forks install wheel types)# of the op and its fallback: tested once
 
 .PHONY: setup test wheel matrix docs demo demo-logs demo-cluster bench bench-full bench-train bench-serve bench-rank bench-learning \
   bench-data bench-cluster bench-peers sanitize lint format clean FORCE
@@ -52,8 +54,8 @@ setup: .venv/installed
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2
-	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 $(INDEPENDENT:%=--ignore=tests/%.py)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	DEEPFM_OPS_BACKEND=reference $(BIN)/python -m pytest -q -n 2 --dist worksteal $(INDEPENDENT:%=--ignore=tests/%.py)
 
 # The library finds TensorFlow's in the process, which has imported it: no copy of them belongs into the wheel.
 wheel: setup

@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import sys
@@ -7,12 +8,18 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import numpy as np
 import pytest
-from testing import FUNCTIONS
 
 
-@pytest.fixture(params=FUNCTIONS, name="fm")
+def pytest_collection_finish():
+    """Garbage is not looked for among TensorFlow's modules."""
+    gc.freeze()
+
+
+@pytest.fixture(params=["op", "reference"], name="fm")
 def _fm(request):
     """`fm_interaction`, of the package and of the reference."""
+    from testing import FUNCTIONS  # TensorFlow is not for the process that hands out the tests
+
     return FUNCTIONS[request.param]
 
 

@@ -89,7 +89,7 @@ def run_cell(tensorflow, series, folder, tests, reference):
     row |= {"TensorFlow": found, "Keras": keras, "Python": full, "native op": "yes" if native else "no"}
     row["note"] = reason or ""
     for backend in ("auto", "reference")[: 1 + reference]:
-        command = [python, "-m", "pytest", "-q", "-n", "2", *tests]
+        command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *tests]
         printed, _ = run(command, folder, DEEPFM_OPS_BACKEND=backend)
         for name, number in counts(printed).items():
             row[name] = f"{row[name]} + {number}" if row[name] else str(number)

@@ -1,8 +1,15 @@
 """What the tests share: the oracle, the inputs' forms, tolerances."""
 
+import contextlib
+import functools
+import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 
 import numpy as np
 import tensorflow as tf
@@ -73,14 +80,81 @@ def tolerance(dtype, samples, table):
     return 8 * eps * magnitude * max(1, np.shape(table)[1])
 
 
+LIMIT = 300  # seconds, of a process
+# The environment of processes without pandas and matplotlib, which Keras imports if they are there: a third of the time
+# that importing TensorFlow takes.
+_LIGHT = str(pathlib.Path(__file__).with_name("light"))
+LIGHT = {"PYTHONPATH": os.pathsep.join([_LIGHT, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def run_python(code, folder=None, **environment):
     """Runs `code` in a fresh process, in `folder`, and returns what it printed."""
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env, timeout=300
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+@functools.cache
+def _warm():
+    """The process of warm.py, that the others are forks of."""
+    env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("warm.py"))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)
+
+
+class Process:
+    """A process that has imported TensorFlow at once: a fork of one that did, and knows nothing of ours.
+
+    There is one at a time: the next one kills whom nobody has waited for. `stdout` can be read line by line.
+
+    Args:
+        code: what it runs.
+        arguments: its sys.argv[1:].
+        folder: its working directory.
+        environment: changes of the environment, of which the import of TensorFlow sees nothing.
+
+    """
+
+    _running = None
+
+    def __init__(self, code, *arguments, folder=None, **environment):
+        if Process._running:  # of a test that failed
+            Process._running.kill()
+            Process._running.wait()
+        self._folder = tempfile.TemporaryDirectory()
+        out, self._err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
+        os.mkfifo(out)
+        request = {"code": code, "arguments": arguments, "folder": os.path.abspath(folder or ""), "out": out}
+        request |= {"err": self._err, "environment": {**os.environ, **environment}}
+        _warm().stdin.write(json.dumps(request, default=str).encode() + b"\n")
+        self.pid = int(_warm().stdout.readline())
+        self._limit = threading.Timer(LIMIT, self.kill)
+        self._limit.daemon = True
+        self._limit.start()
+        self.stdout = open(out)
+        Process._running = self
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        """(exit code, what it printed and nobody has read, its errors), when it has ended."""
+        with self._folder, self.stdout:
+            printed, code = self.stdout.read(), int(_warm().stdout.readline())
+            self._limit.cancel()
+            Process._running = None
+            return code, printed, pathlib.Path(self._err).read_text()
+
+
+def run_with_tensorflow(code, folder=None, **environment):
+    """`run_python`, in a `Process`."""
+    code, printed, errors = Process(code, folder=folder, **environment).wait()
+    assert code == 0, errors[-4000:]
+    return printed
 
 
 def skewed(rows=200, features=60, seed=0):

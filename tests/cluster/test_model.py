@@ -55,7 +55,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "number"), [*(("recommended", number) for number in (1, 2, 4)), *((name, 3) for name in OPTIMIZERS)]
+    ("optimizer", "number"),
+    [*(("recommended", number) for number in (1, 2, 4)), *((name, 3) for name in list(OPTIMIZERS)[1:])],
 )
 def test_bits_of_one_process(parts, optimizer, number):
     extra = {"feature_counts": COUNTS, "num_samples": 200} if optimizer in ("recommended", "adagrad") else {}
@@ -63,8 +64,8 @@ def test_bits_of_one_process(parts, optimizer, number):
     histories = []
     for model in (sharded, single):
         keras.utils.set_random_seed(1)
-        history = model.fit((INDICES, VALUES), Y, B, epochs=2, verbose=0, validation_data=((INDICES, VALUES), Y))
-        histories.append(history.history)
+        more = {"validation_data": ((INDICES, VALUES), Y)} if optimizer == "recommended" else {}
+        histories.append(model.fit((INDICES, VALUES), Y, B, epochs=2, verbose=0, **more).history)
     assert_equal(sharded, single)
     for name, values in histories[1].items():
         np.testing.assert_allclose(histories[0][name], values, rtol=1e-5, err_msg=name)
@@ -216,11 +217,10 @@ KINDS = {
     "several values": {"num_fields": 2, "field_sizes": [1, 3]},
     "several values, no deep": {"num_fields": 2, "field_sizes": [1, 3], "use_deep": False},
     "regression": {"task": "regression"},
-    "dropout": {"dropout": 0.3, "batch_norm": True},
+    "dropout, penalties": {"dropout": 0.3, "batch_norm": True, "l2_linear": 0.1, "l2_embedding": 0.1, "l2_deep": 0.1},
     "float64": {"dtype": "float64"},
     "bfloat16": {"dtype": "bfloat16"},
     "mixed": {"dtype": "mixed_bfloat16"},
-    "penalties": {"l2_linear": 0.1, "l2_embedding": 0.1, "l2_deep": 0.1},
     "order 3, no deep": {"order": 3, "use_deep": False},
     "field weights, no deep": {"field_weights": True, "use_deep": False},
 }

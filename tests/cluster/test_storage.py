@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
+from testing import LIGHT
 
 from deepfm_ops.cluster import remote, storage
 from deepfm_ops.cluster.checkpoints import Checkpoint
@@ -159,6 +160,7 @@ def test_removing_can_be_cut_off_anywhere(tmp_path, monkeypatch, calls):
 
 def script(*arguments, **keywords):
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **keywords}
+    keywords["env"] = {**os.environ, **LIGHT}
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], **keywords)
 
 

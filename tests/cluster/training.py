@@ -107,16 +107,16 @@ def stream(found, folder):
     found["is another"] = process_of("worker", 1) != before
 
 
-def resumed(folder, name, victims):
-    """Trains with checkpoints; the first time, the victims are killed in the middle of the second epoch."""
+def resumed(folder, name, victims=()):
+    """Trains with checkpoints; of the victims one is killed in each life of the job, not at the end of an epoch."""
     keras.utils.set_random_seed(1)
     model = cluster.ShardedDeepFM(**ARGUMENTS)
     model.compile(optimizers.LazyAdam(1e-2, use_ema=True))
     callbacks = [cluster.Checkpoint(folder / name, every_steps=6)]
-    once = folder / f"{name}.killed"
-    if victims and not once.exists():
-        once.touch()
-        callbacks.append(At(N // B + 10, lambda: [kill(*victim) for victim in victims]))
+    killed = len(list(folder.glob(f"{name}.killed*")))
+    if killed < len(victims):
+        (folder / f"{name}.killed{killed}").touch()
+        callbacks.append(At([N // B + 10, 10][killed], lambda: kill(*victims[killed])))
     model.fit((INDICES, VALUES), Y, B, epochs=3, verbose=0, callbacks=callbacks, in_flight=1)
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in bits(model))).hexdigest()
     (folder / f"{name}.json").write_text(json.dumps({"servers": len(model.cluster.servers), "digest": digest}))
@@ -154,14 +154,12 @@ def main():
         found = {}
         equal(found)
         stream(found, folder)
-        resumed(folder, "whole", [])
+        resumed(folder, "whole")
         (folder / "found.json").write_text(json.dumps(found))
     elif kind == "traffic":
         traffic(folder)
-    elif kind == "server":
-        resumed(folder, "server", [("ps", 1)])
-    elif kind == "chief":
-        resumed(folder, "chief", [("chief", 0)])
+    elif kind == "resumed":
+        resumed(folder, "resumed", [("ps", 1), ("chief", 0)])
 
 
 if __name__ == "__main__":

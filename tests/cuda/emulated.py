@@ -4,16 +4,13 @@ import ctypes
 import json
 import pathlib
 
+import emulated_module
+
 from deepfm_ops import _build, _library
 
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "emulated"
-
-
-def kernels(folder=BUILD):
-    """The objects of the CUDA kernels, for a CPU."""
-    return _build.compile_folder(CSRC / "cuda", folder / "cuda", ["-x", "c++", "-Wno-maybe-uninitialized"], ".cu")
 
 
 def build(folder=BUILD):
@@ -34,7 +31,7 @@ def _build_all(folder):
     own, opens = (next(path for path in device if path.stem == name) for name in ("device", "open_memory"))
     _build.link(folder / "device.so", [own, *tensorflow[2]])
     cpu = _build.compile_folder(CSRC / "kernels", HERE.parents[1] / "build" / "kernels")
-    cuda = _build.Cuda([*kernels(folder), opens], [], ["emulated"], None)
+    cuda = _build.Cuda([*emulated_module.kernels(), opens], [], ["emulated"], None)
     op = HERE.parents[1] / "build" / f"tf-{tensorflow[0]}"  # the ops' objects are those of the package
     info = _build.build_op(CSRC / "tf", cpu, op, folder / "_native.so", tensorflow, cuda)
     (folder / "_build_info.json").write_text(json.dumps(info))

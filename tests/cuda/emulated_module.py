@@ -1,6 +1,7 @@
-"""Builds the GPU's module with g++, from its CUDA sources and a header that runs them on a CPU, and loads it."""
+"""The GPU's kernels with g++, from their CUDA sources and a header that runs them on a CPU, and the module of them."""
 
 import concurrent.futures
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -14,39 +15,64 @@ import sysconfig
 
 CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DDEEPFM_EMULATED"]
+SOURCES = sorted(CSRC.glob("cuda/*.cu"))
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+
+
+def run(*arguments):
+    done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@contextlib.contextmanager
+def folder_of(name, sources, flags):
+    """(a folder of `build` for what is made of these sources and all headers, whether it was made before).
+
+    Several test processes come here at once: one makes it, the others wait.
+    """
+    headers = sorted(path for kind in ("*.h", "*.cuh") for path in CSRC.glob(f"**/{kind}"))
+    parts = [*(path.read_bytes() for path in (*sources, *headers)), repr((COMPILER, flags)).encode()]
+    folder = BUILD / f"{name}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder, (folder / "made").exists()
+        (folder / "made").touch()
+
+
+def compile_all(folder, sources, flags):
+    targets = [folder / f"{source.name}.o" for source in sources]
+
+    def compile_one(source, target):
+        run(*flags, "-x", "c++", "-c", source, "-o", target)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, targets))
+    return targets
+
+
+@functools.cache
+def kernels():
+    """The objects of the CUDA kernels for a CPU, compiled without a warning; whoever runs them has them from here."""
+    flags = [*FLAGS, "-Wall", "-Wextra", "-Werror"]
+    with folder_of("emulated_kernels", SOURCES, flags) as (folder, made):
+        return [folder / f"{source.name}.o" for source in SOURCES] if made else compile_all(folder, SOURCES, flags)
 
 
 @functools.cache
 def load():
-    """The module _cuda_emulated; what was built of the same sources before is taken."""
+    """The module _cuda_emulated."""
     import pybind11
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "python" / "gpu" / "cuda.cc", CSRC / "python" / "calls.cc"]
+    flags = [*FLAGS, "-DDEEPFM_EMULATED", *includes]
+    sources = [CSRC / "python" / "gpu" / "cuda.cc", CSRC / "python" / "calls.cc"]
     sources += [CSRC / "kernels" / "checks.cc", CSRC / "kernels" / "scratch.cc"]
-    headers = sorted(path for kind in ("*.h", "*.cuh") for path in CSRC.glob(f"**/{kind}"))
-    parts = [*(path.read_bytes() for path in (*sources, *headers)), repr((compiler, FLAGS, includes)).encode()]
-    folder = BUILD / f"emulated_module-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
-    library = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # several test processes come here at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-
-            def compile_one(source):
-                target = folder / f"{source.name}.o"
-                subprocess.run(
-                    [*compiler, *FLAGS, *includes, "-x", "c++", "-c", source, "-o", target], check=True, timeout=300
-                )
-                return target
-
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compile_one, sources))
-            fresh = folder / "fresh.so"
-            subprocess.run([*compiler, "-shared", "-o", fresh, *objects, "-pthread"], check=True, timeout=300)
-            fresh.rename(library)
+    with folder_of("emulated_module", [*SOURCES, *sources], flags) as (folder, made):
+        library = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not made:
+            run("-shared", "-o", library, *kernels(), *compile_all(folder, sources, flags), "-pthread")
     loader = importlib.machinery.ExtensionFileLoader("_cuda_emulated", str(library))
     found = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda_emulated", loader))
     loader.exec_module(found)

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sysconfig
 
+import emulated_module
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def run(*command):
@@ -39,7 +39,7 @@ def objects():
     if not info.get("cuda_architectures"):
         pytest.skip("deepfm_ops was built without nvcc")
     folder = ROOT / "build" / "-".join(["cuda", info["cuda_runtime"], *info["cuda_architectures"]])
-    return info["cuda_architectures"], [folder / f"{source.stem}.o" for source in SOURCES]
+    return info["cuda_architectures"], [folder / f"{source.stem}.o" for source in emulated_module.SOURCES]
 
 
 def dump(*arguments):
@@ -54,11 +54,9 @@ def dump(*arguments):
 @pytest.fixture(scope="module")
 def fuzz(compiler, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
+    source = ROOT / "tests" / "native" / "fuzz_cuda.cc"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
-    sources = [*SOURCES, ROOT / "tests" / "native" / "fuzz_cuda.cc"]
-    for source in sources:
-        compiled(compiler, *flags, "-x", "c++", "-c", source, "-o", folder / f"{source.name}.o")
-    compiled(compiler, *(folder / f"{source.name}.o" for source in sources), "-o", folder / "fuzz", "-pthread")
+    compiled(compiler, *flags, source, *emulated_module.kernels(), "-o", folder / "fuzz", "-pthread")
     return folder / "fuzz"
 
 

@@ -8,14 +8,13 @@ import sys
 
 import emulated
 import pytest
-from testing import REFERENCE_MODE, run_python
+from testing import REFERENCE_MODE, run_with_tensorflow
 
 from deepfm_ops import _build, _library
 
 pytestmark = pytest.mark.skipif(REFERENCE_MODE, reason="kernels of the native op")
 HERE = pathlib.Path(__file__).parent
-CUDA = "_ZN6deepfm4cuda9emulation11open_memoryE"  # deepfm::cuda::emulation::open_memory
-READ_ON_THE_HOST = f"""
+READ_ON_THE_HOST = """
 import ctypes, emulated
 emulated.load()
 import tensorflow as tf, deepfm_ops
@@ -23,8 +22,7 @@ table = tf.Variable(tf.ones((4, 2)))
 y = deepfm_ops.fm_interaction(table, [[0, 1]])
 print(table.device, y.numpy(), flush=True)
 # From now on memory stays closed while a kernel runs: it does what the host does that reads memory of the device.
-library = ctypes.CDLL(str(emulated.BUILD / "_native.so"))
-ctypes.c_void_p.in_dll(library, "{CUDA}").value = None
+ctypes.CDLL(str(emulated.BUILD / "_native.so")).keep_device_memory_closed()
 print("reads", flush=True)
 deepfm_ops.fm_interaction(table, [[0, 1]])
 print("read", flush=True)
@@ -71,7 +69,7 @@ def test_the_library_as_it_was_built():
     """With CUDA or without, and here without a driver: it loads, and has the kernels that it says it has."""
     import json
 
-    info, kernels = json.loads(run_python(KERNELS).splitlines()[-1])
+    info, kernels = json.loads(run_with_tensorflow(KERNELS).splitlines()[-1])
     assert info["native"] and len(kernels) == 6
     gpu = [["GPU", 1], ["GPU", 14], ["GPU", 19]]  # float32, bfloat16, float16
     for where in kernels.values():

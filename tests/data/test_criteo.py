@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from testing import LIGHT
 
 from deepfm_ops.data.synthetic import ClickLog
 
@@ -16,9 +18,8 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "criteo.py"
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
-    )
+    command, env = [sys.executable, SCRIPT, *map(str, arguments)], {**os.environ, **LIGHT}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return done.stdout
 

@@ -111,8 +111,10 @@ def test_evict():
             features.evict(wrong)
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [*((name, True) for name in OPTIMIZERS), *((name, False) for name in ("recommended", "Adam", "loss scale"))],
+)
 def test_resize_adds_and_moves_nothing(name, saved, tmp_path):
     features = FeatureDictionary().fit(day(0), **COLUMNS)
     model = make(features, OPTIMIZERS[name]())

@@ -6,16 +6,13 @@ import os
 import pathlib
 import pickle
 import random
-import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from testing import REFERENCE_MODE
+from testing import REFERENCE_MODE, Process
 
 from deepfm_ops import Checkpoint, DeepFM, FeatureDictionary, FMInteraction
 from deepfm_ops.data import parquet_files, text_files
@@ -300,7 +297,7 @@ def test_resumes_in_the_middle(steps, folder, learnable, tmp_path):
         return weights_of(model)
 
     straight = run("straight")
-    for after in (7, 4, 9):
+    for after in (7, 4, 9) if steps == 1 else (7,):
         with pytest.raises(KeyboardInterrupt):
             run("stopped", Stop(after))
     for a, b in zip(straight, run("stopped"), strict=True):
@@ -344,12 +341,11 @@ def test_killed_at_random_moments(folder, learnable, tmp_path):
                 (to / path.name).symlink_to(path)
         if not (to / "features").exists():
             learnable.save(to / "features")
-        command = [sys.executable, str(TRAINING), str(to), "7"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return Process(TRAINING.read_text(), to, "7")
 
     def end_of(process):
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error[-3000:]
+        code, out, error = process.wait()
+        assert code == 0, error[-3000:]
         return out.splitlines()[-1]
 
     straight = end_of(start(tmp_path / "straight"))
@@ -359,8 +355,8 @@ def test_killed_at_random_moments(folder, learnable, tmp_path):
         for _ in range(random.randrange(1, 60)):
             if process.stdout.readline().startswith("ended"):
                 break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
     assert end_of(start(tmp_path / "killed")) == straight
 
 

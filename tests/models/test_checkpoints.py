@@ -3,14 +3,11 @@
 import os
 import pathlib
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from testing import REFERENCE_MODE
+from testing import REFERENCE_MODE, Process
 
 from deepfm_ops import Checkpoint, DeepFM, optimizers
 
@@ -71,19 +68,15 @@ def test_killed_at_random_moments(tmp_path):
     random.seed(20)
     reported = 0
     for _ in range(KILLS):
-        process = subprocess.Popen(
-            [sys.executable, str(TRAINING), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = Process(TRAINING.read_text(), tmp_path)
         first = process.stdout.readline()
         if not first.startswith("resumed"):
-            raise AssertionError(process.stderr.read()[-3000:])
+            raise AssertionError(process.wait())
         assert int(first.split()[1]) >= reported
         saved = process.stdout.readline()  # however slow the machine is
         time.sleep(random.uniform(0.0, 1.0))
-        process.send_signal(signal.SIGKILL)
-        rest = [saved, *process.stdout.read().splitlines()]
-        process.wait()
-        process.stderr.close()
+        process.kill()
+        rest = [saved, *process.wait()[1].splitlines()]
         reported = max(
             [reported, int(first.split()[1]), *(int(line.split()[1]) for line in rest if len(line.split()) == 2)]
         )

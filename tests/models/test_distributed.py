@@ -10,7 +10,7 @@ import sys
 
 import keras
 import numpy as np
-from testing import REFERENCE_MODE
+from testing import LIGHT, REFERENCE_MODE
 
 SCRIPT = pathlib.Path(__file__).parent / "replicated_training.py"
 LIMIT = 600  # seconds, of all processes
@@ -34,7 +34,7 @@ def trained(folder, environments):
         for environment in environments:
             command = [sys.executable, str(SCRIPT), str(folder)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            running.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
+            running.append(subprocess.Popen(command, env={**os.environ, **LIGHT, **environment}, **pipes))
         for process in running:
             out, _ = process.communicate(timeout=LIMIT)
             assert process.returncode == 0, out[-4000:]

@@ -68,9 +68,8 @@ def test_keras_options_of_fit_on_arrays():
     for shuffle in (False, "batch", True):
         losses = []
         for options in (
-            {"sample_weight": weights},
+            {"sample_weight": weights, "validation_split": 0.25},
             {"class_weight": classes},
-            {"validation_split": 0.25},
             {"steps_per_epoch": 4},
             {"validation_data": (x, y, weights), "validation_freq": 2, "epochs": 2},
         ):
@@ -93,8 +92,15 @@ def test_keras_options_of_fit_on_arrays():
         model.fit(x, y[:100], verbose=0)
 
 
-@pytest.mark.parametrize("form", [list, tuple, lambda x: dict(zip(("indices", "values"), x, strict=True))])
-@pytest.mark.parametrize("labels", ["float32", "bool", "int64"])
+@pytest.mark.parametrize(
+    ("form", "labels"),
+    [
+        (list, "float32"),
+        (tuple, "bool"),
+        (lambda x: dict(zip(("indices", "values"), x, strict=True)), "int64"),
+        (tuple, "int64"),
+    ],
+)
 def test_forms_of_inputs_and_labels(form, labels):
     x, y = skewed()
     losses = []

@@ -43,6 +43,8 @@ def test_a_stream_gives_what_arrays_give(table, tmp_path, kind):
     for name in NAMES:
         found = np.concatenate([labels[name] for _, labels in batches])
         np.testing.assert_array_equal(found, table[name].to_numpy().astype("f"))
+    if kind == "parquet":
+        return  # the same batches
     scores = []
     arrays = features.transform(table)
     given = {"x": arrays, "y": table[NAMES], "batch_size": 16, "shuffle": False}

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from testing import REFERENCE_MODE, dense_samples, oracle, run_python
+from testing import REFERENCE_MODE, dense_samples, oracle, run_python, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import DeepFM, optimizers
@@ -72,13 +72,15 @@ def test_trains_saves_loads_and_exports(kind, data, tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.get_config() == model.get_config()
-    np.testing.assert_array_equal(again.predict(inputs, verbose=0), scores)
+    np.testing.assert_array_equal(again(inputs), model(inputs))
+    if kind not in ("LR", "DNN", "everything", "fields", "reference"):
+        return  # what follows takes seconds, and these five have every part
     again.fit(inputs, labels, epochs=1, verbose=0)  # the optimizer came along
 
     model.save_weights(tmp_path / "model.weights.h5")
     fresh = make(kind)
     fresh.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(fresh.predict(inputs, verbose=0), scores)
+    np.testing.assert_array_equal(fresh(inputs), model(inputs))
 
     model.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")
@@ -103,7 +105,7 @@ import deepfm_ops.models
 scores = keras.models.load_model({str(tmp_path / "model.keras")!r}).predict(inputs, verbose=0)
 print(np.abs(scores - data["scores"]).max() < 1e-6, np.abs(served - data["scores"]).max() < 1e-6)
 """
-    assert run_python(code).split()[-2:] == ["True", "True"]
+    assert run_with_tensorflow(code).split()[-2:] == ["True", "True"]
 
 
 def test_one_seed_gives_one_model(data):

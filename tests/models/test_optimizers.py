@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from testing import REFERENCE_MODE, run_python
+from testing import REFERENCE_MODE, run_with_tensorflow
 
 from deepfm_ops import DeepFM, FMInteraction, ops, optimizers
 
@@ -424,7 +424,7 @@ print(digest.hexdigest())
 def test_same_bits_for_one_and_two_threads_and_run_to_run():
     if REFERENCE_MODE:
         return
-    digests = {run_python(DETERMINISM.format(threads=threads)) for threads in (1, 2, 2)}
+    digests = {run_with_tensorflow(DETERMINISM.format(threads=threads)) for threads in (1, 2, 2)}
     assert len(digests) == 1
 
 
@@ -435,4 +435,4 @@ def test_same_bits_run_to_run_with_the_deep_part():
     code = DETERMINISM.replace("hidden_units=(), use_deep=False", "hidden_units=(32,)").replace(
         "range(200)", "range(50)"
     )
-    assert len({run_python(code.format(threads=2)) for _ in range(2)}) == 1
+    assert len({run_with_tensorflow(code.format(threads=2)) for _ in range(2)}) == 1

@@ -9,7 +9,7 @@ from testing import (
     dense_samples,
     oracle,
     ragged_samples,
-    run_python,
+    run_with_tensorflow,
     runnable_instruction_sets,
     tolerance,
 )
@@ -279,7 +279,7 @@ print(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdige
 
 
 def test_same_bits_for_any_number_of_threads():
-    assert len({run_python(_BITS.format(threads=threads)) for threads in (1, 2, 5)}) == 1
+    assert len({run_with_tensorflow(_BITS.format(threads=threads)) for threads in (1, 2, 5)}) == 1
 
 
 def test_what_the_kernels_refuse(rng):

@@ -10,7 +10,7 @@ from testing import (
     dense_samples,
     oracle,
     ragged_samples,
-    run_python,
+    run_with_tensorflow,
     runnable_instruction_sets,
     tolerance,
 )
@@ -601,7 +601,7 @@ print(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdige
 
 
 def test_same_bits_for_any_number_of_threads():
-    assert len({run_python(_BITS.format(threads=threads)) for threads in (1, 2, 3, 7)}) == 1
+    assert len({run_with_tensorflow(_BITS.format(threads=threads)) for threads in (1, 2, 3, 7)}) == 1
 
 
 def test_variable_is_read_in_place(fm):
@@ -625,7 +625,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     name = "reference.fm_interaction" if fm is reference.fm_interaction else "deepfm_ops.fm_interaction"
     # The update itself may have doubled the peak, so this bound is on what comes after it.
-    assert int(run_python(code.format(function=name))) < 100_000  # KiB
+    assert int(run_with_tensorflow(code.format(function=name))) < 100_000  # KiB
 
 
 def of_another_machine():

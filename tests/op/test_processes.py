@@ -4,7 +4,7 @@ import os
 import pathlib
 
 import pytest
-from testing import REFERENCE_MODE, run_python
+from testing import REFERENCE_MODE, run_python, run_with_tensorflow
 
 pytest.importorskip("deepfm_ops._kernels", reason="a pure-Python install has no kernels")
 
@@ -17,7 +17,7 @@ def huge_pages():
     return file.read_text() if file.exists() else "[never]"
 
 
-FORKS = int(os.environ.get("DEEPFM_OPS_FORKS", 150))
+FORKS = int(os.environ.get("DEEPFM_OPS_FORKS", 60))
 
 # work(threads) goes through everything that shares threads or kept memory, and returns the bits of its results.
 WORK = """
@@ -265,7 +265,7 @@ for seconds in (0.001, 0.02, 0.05):
 
 @needs_op
 def test_an_interrupted_op():
-    run_python(
+    run_with_tensorflow(
         """
 import faulthandler, os, signal, threading
 import numpy as np
@@ -320,7 +320,7 @@ time.sleep(0.2)
 @needs_op
 def test_one_variable_as_table_and_weights_while_a_writer_waits():
     """A reader that locks the variable twice waits for the writer that waits for the reader."""
-    run_python(
+    run_with_tensorflow(
         """
 import faulthandler, threading
 import tensorflow as tf
@@ -361,7 +361,7 @@ for thread in threads:
 @pytest.mark.skipif("[never]" in huge_pages(), reason="this system has no huge pages")
 def test_a_table_that_is_only_read_is_in_huge_pages():
     """The first forward asks for them; its mapping says so."""
-    run_python(
+    run_with_tensorflow(
         """
 import re
 import numpy as np

@@ -13,7 +13,7 @@ import sysconfig
 import pytest
 import tensorflow as tf
 from test_install import ROOT, SCORE, build_wheel, score, unpack
-from testing import run_python
+from testing import run_python, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import _build
@@ -86,7 +86,7 @@ def runs(tmp_path):
 
 def test_two_processes_compile_once(site):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        printed = list(pool.map(score, [site] * 2))
+        printed = list(pool.map(lambda folder: score(folder, run_python), [site] * 2))
     assert all("True | None" in text for text in printed)
     assert "".join(printed).count(f"WARNING Compiling the native op for TensorFlow {tf.__version__}, once") == 1
     assert "True | None" in (again := score(site)) and "WARNING" not in again
@@ -95,7 +95,7 @@ def test_two_processes_compile_once(site):
 
 
 def test_importing_the_ops_is_the_first_use(site, compiler):
-    printed = run_python(
+    printed = run_with_tensorflow(
         "import deepfm_ops.ops; print(deepfm_ops.native_info()['native'])", site, **compiler(FAKE_COMPILER)
     )
     assert printed == "True\n"
@@ -104,7 +104,7 @@ def test_importing_the_ops_is_the_first_use(site, compiler):
 def test_a_package_that_is_not_writable(site, compiler, tmp_path):
     environment = compiler(FAKE_COMPILER)
     for _ in range(2):
-        printed = run_python(READ_ONLY + SCORE, site, DEEPFM_OPS_BACKEND="auto", **environment)
+        printed = run_with_tensorflow(READ_ONLY + SCORE, site, DEEPFM_OPS_BACKEND="auto", **environment)
         assert "True | None" in printed
     assert runs(tmp_path) == len([*ROOT.glob("csrc/tf/*.cc")]) + 2  # sources, the link, --version
     assert not (site / "deepfm_ops" / "_native.so").stat().st_size
@@ -143,7 +143,7 @@ def test_the_reference_compiles_nothing(site, compiler, tmp_path):
 
 def test_an_unsupported_tensorflow(site):
     code = "import tensorflow as tf; tf.__version__ = '1.15.5'\n" + SCORE
-    printed = run_python(code, site, DEEPFM_OPS_BACKEND="auto")
+    printed = run_with_tensorflow(code, site, DEEPFM_OPS_BACKEND="auto")
     assert "False | the native op needs TensorFlow" in printed and "found 1.15.5" in printed
 
 

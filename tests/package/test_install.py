@@ -10,7 +10,7 @@ import sys
 import zipfile
 
 import pytest
-from testing import REFERENCE_MODE, run_python
+from testing import REFERENCE_MODE, run_python, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import _build, _library
@@ -37,9 +37,9 @@ def copy(tmp_path):
     return tmp_path
 
 
-def score(folder, **environment):
+def score(folder, run=run_with_tensorflow, **environment):
     environment.setdefault("DEEPFM_OPS_BACKEND", "auto")
-    printed = run_python(SCORE, folder, **environment)
+    printed = run(SCORE, folder, **environment)
     assert f"from {folder}" in printed
     return printed
 
@@ -97,7 +97,7 @@ def test_the_switch(copy):
     assert "False | DEEPFM_OPS_BACKEND=reference" in printed and "WARNING" not in printed
     if not REFERENCE_MODE:
         assert "True | None" in score(copy, DEEPFM_OPS_BACKEND="native")
-        assert "baseline" in run_python(
+        assert "baseline" in run_with_tensorflow(
             "import deepfm_ops; print(deepfm_ops.native_info()['instruction_set'])", DEEPFM_OPS_ISA="baseline"
         )
     without_anything(copy)

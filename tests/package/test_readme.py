@@ -6,7 +6,7 @@ import pathlib
 import re
 
 import pytest
-from testing import run_python
+from testing import run_with_tensorflow
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -36,9 +36,9 @@ def test_train_here_load_there(tmp_path):
     """The README's journey, in two processes."""
     names = list(BLOCKS)
     here = BLOCKS[names[names.index(THERE[0]) - 1]]
-    run_python(here, tmp_path)
+    run_with_tensorflow(here, tmp_path)
     assert {"model.keras", "model.scorer"} <= {path.name for path in tmp_path.iterdir()}
-    printed = run_python(BLOCKS[THERE[0]], tmp_path)
+    printed = run_with_tensorflow(BLOCKS[THERE[0]], tmp_path)
     assert len(re.findall(r"0\.\d+", printed)) >= 2
 
 

@@ -1,6 +1,7 @@
 """SavedModels: the model's scores, also where this package was never installed, from raw features too."""
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from test_scorer import COLUMNS, KINDS, matrices, raw, shuffled
-from testing import REFERENCE_MODE
+from testing import LIGHT, REFERENCE_MODE, run_with_tensorflow
 
 import deepfm_ops
 from deepfm_ops import DeepFM, FeatureDictionary, FMInteraction, datasets, optimizers
@@ -59,7 +60,8 @@ def scored_elsewhere(python, path, inputs, folder):
     """The scores that a process without this package gets from a SavedModel."""
     np.savez(folder / "inputs.npz", **inputs)
     command = [str(python), "-c", SERVE, str(path), str(folder / "inputs.npz"), str(folder / "scores.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"TF_CPP_MIN_LOG_LEVEL": "3"})
+    env = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": LIGHT["PYTHONPATH"].split(os.pathsep)[0]}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(folder / "scores.npy")
 
@@ -127,8 +129,7 @@ def test_native(elsewhere, rng, tmp_path):
     with pytest.raises(AssertionError, match="Import_deepfm_ops_dot_ops_before_loading_this_model"):
         scored_elsewhere(elsewhere, tmp_path / "m", {"indices": indices, "values": values}, tmp_path)
     code = f"import deepfm_ops.ops, tensorflow as tf; tf.saved_model.load({str(tmp_path / 'm')!r}); print('loaded')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "loaded", done.stderr[-2000:]
+    assert run_with_tensorflow(code).strip() == "loaded"
 
 
 def test_a_backend_that_is_forced_is_portable_too(rng, tmp_path):
@@ -166,7 +167,7 @@ def test_column_models(kind, elsewhere, rng, tmp_path):
         name: tf.constant(x.tolist() if specs[name].dtype == tf.string else x, specs[name].dtype)
         for name, x in given.items()
     }
-    expected = model.predict(inputs, verbose=0)
+    expected = model(inputs)
     np.testing.assert_allclose(signature_of(tmp_path / "m")(**tensors)["score"], expected, rtol=0, atol=1e-6)
     if kind in ("hashed", "vocabulary"):
         got = scored_elsewhere(elsewhere, tmp_path / "m", given, tmp_path)

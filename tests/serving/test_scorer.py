@@ -66,7 +66,7 @@ def test_scores_of_a_matrix_model(kind, field_sizes, rng, tmp_path):
     fields = 5 if field_sizes is None else 3
     model = shuffled(DeepFM(60, fields, 7, (9, 4), field_sizes=field_sizes, **KINDS[kind]), rng)
     inputs = matrices(rng, 60, 5)
-    expected = model.predict(inputs, verbose=0).ravel()
+    expected = np.ravel(model(inputs))
     got = scored(model, tmp_path / "m", inputs)
     assert got.dtype == np.float32 and got.shape == (33,)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
@@ -80,14 +80,14 @@ def test_activations(activation, rng, tmp_path):
     model = shuffled(DeepFM(20, 3, 4, (6, 5), activation=activation, task="regression"), rng)
     inputs = matrices(rng, 20, 3)
     inputs[1][:4] *= 100
-    expected = model.predict(inputs, verbose=0).ravel()
+    expected = np.ravel(model(inputs))
     np.testing.assert_allclose(scored(model, tmp_path / "m", inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_values_of_one_and_dtypes_of_inputs(rng, tmp_path):
     model = shuffled(DeepFM(20, 3, 4, (6,)), rng)
     indices, _ = matrices(rng, 20, 3)
-    expected = model.predict((indices, np.ones((33, 3), "f")), verbose=0).ravel()
+    expected = np.ravel(model((indices, np.ones((33, 3), "f"))))
     deepfm_ops.export_scorer(model, tmp_path / "m")
     loaded = Scorer.load(tmp_path / "m")
     for i in (
@@ -120,7 +120,7 @@ def test_other_precisions(policy, rng, tmp_path):
     model = shuffled(DeepFM(20, 3, 4, (6,), dtype=policy), rng)
     inputs = matrices(rng, 20, 3)
     bound = 1e-5 if policy == "float64" else 0.03  # the model itself computes in fewer bits
-    expected = model.predict(inputs, verbose=0).ravel().astype("f")
+    expected = np.ravel(model(inputs)).astype("f")
     np.testing.assert_allclose(scored(model, tmp_path / "m", inputs), expected, rtol=0, atol=bound)
 
 
@@ -190,7 +190,7 @@ def test_int8_scores_are_those_of_its_rows(kind, rng, tmp_path):
             layer.kernel.assign(decoded(scorer_rows.quantized(layer.kernel.numpy()))[0])
     # The kernels of a batch norm's model are rounded after it was folded into them.
     bound = 0.05 if KINDS[kind].get("batch_norm") else 1e-5
-    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=bound)
+    np.testing.assert_allclose(got, np.ravel(model(inputs)), rtol=1e-5, atol=bound)
 
 
 @pytest.mark.parametrize("kind", ["FM", "DeepFM"])
@@ -400,7 +400,7 @@ def test_scores_of_a_column_model(kind, linear, rng, tmp_path):
     first = {"same": columns, "fewer": columns[:2], "none": []}[linear]
     model = DeepFM.from_columns(first, columns, fm_group=groups, dnn_hidden_units=(6, 5), dnn_use_bn=kind == "max")
     shuffled(model, rng)
-    expected = model.predict(inputs, verbose=0).ravel()
+    expected = np.ravel(model(inputs))
     assert expected.std() > 1e-3
     np.testing.assert_allclose(scored(model, tmp_path / "m", inputs), expected, rtol=0, atol=1e-5)
     assert np.abs(scored(model, tmp_path / "b", inputs, "bfloat16") - expected).max() < 0.1
@@ -465,7 +465,7 @@ def test_text_is_that_of_the_model(cities, rng, tmp_path):
     model = shuffled(DeepFM.from_columns(columns, columns, dnn_hidden_units=(6,)), rng)
     inputs = {"city": cities, "user": np.arange(len(cities))}
     got = scored(model, tmp_path / "m", inputs)
-    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, np.ravel(model(inputs)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "int32"])
@@ -475,7 +475,7 @@ def test_dense_columns_of_other_dtypes(dtype, rng, tmp_path):
     ages = rng.normal(size=(9, 2)) * 1000
     inputs = {"age": ages.round() if dtype == "int32" else ages, "user": np.arange(9) % 5}
     got = scored(model, tmp_path / "m", inputs)
-    np.testing.assert_allclose(got, model.predict(inputs, verbose=0).ravel(), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got, np.ravel(model(inputs)), rtol=1e-5, atol=1e-4)
     if dtype == "int32":
         with pytest.raises(TypeError, match="input 'age' must hold integers"):
             Scorer.load(tmp_path / "m").score({**inputs, "age": ages})
@@ -496,7 +496,7 @@ def test_parts_that_nothing_uses_and_columns_named_like_layers(dnn, options, rng
     inputs = {"u": rng.integers(0, 5, 20)}
     for column in dnn:
         inputs[column.name] = rng.integers(0, 5, (20, getattr(column, "maxlen", 1)))
-    expected = model.predict(inputs, verbose=0).ravel()
+    expected = np.ravel(model(inputs))
     np.testing.assert_allclose(scored(model, tmp_path / "m", inputs), expected, rtol=0, atol=1e-5)
 
 

@@ -38,14 +38,15 @@ def randomized(model, rng):
     return model
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(scope="module", params=TASKS)
 def task(request):
     return TASKS[request.param]
 
 
-@pytest.fixture(params=["matrices", "features", "columns"])
-def trained(request, rng, task):
+@pytest.fixture(scope="module", params=["matrices", "features", "columns"])
+def trained(request, task):
     """(model, what it scores, the raw form of it)."""
+    rng = np.random.default_rng(2010)
     options = {"task": task, "seed": 1}
     if request.param == "columns":
         groups = ["default_group", "other", "other2"]

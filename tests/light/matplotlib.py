@@ -1,0 +1,1 @@
+raise ImportError("left out: see testing.LIGHT")
