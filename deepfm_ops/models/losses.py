@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from deepfm_ops import arguments, heads, replicas
-from deepfm_ops.models import labels
+from deepfm_ops.models import labels, recipe
 from deepfm_ops.models.averaged import AveragedModel
 
 MEANS = ("sum_over_batch_size", "mean")  # reductions of a loss over the samples of a batch
@@ -35,9 +35,19 @@ class HeadsModel(AveragedModel):
         """[labels [B, 1] of each head]."""
         return [_as_column(part) for part in labels.by_head(self.plan.task, y)]
 
+    def _weights(self, sample_weight):
+        """{head: sample weights, or None} of a dict of tasks."""
+        if sample_weight is None:
+            return dict.fromkeys(self.plan.task)
+        found = recipe.by_head("sample_weight", self.plan.task, sample_weight)
+        missing = [name for name in self.plan.task if name not in found]
+        if missing:
+            raise ValueError(f"sample_weight has nothing for the head {missing[0]!r}: give ones, or one array for all")
+        return found
+
     def _masked(self, y, sample_weight, training):
         """({head: labels}, {head: weights [B, 1]}): 0 where a label is missing, so that means are over those there."""
-        found, weights = {}, {}
+        found, weights, all_given = {}, {}, self._weights(sample_weight)
         for (head, rule), part in zip(heads.rules(self.plan.task), self._by_head(y), strict=True):
             part = tf.cast(part, tf.float32)
             is_there = tf.logical_not(rule.missing(part, tf.math.is_nan))
@@ -49,7 +59,7 @@ class HeadsModel(AveragedModel):
                     weight *= replicas.share(samples, replicas.total(there), weight.dtype)
                 else:
                     weight *= tf.math.divide_no_nan(tf.cast(samples, weight.dtype), tf.cast(there, weight.dtype))
-            given = sample_weight[head.name] if isinstance(sample_weight, dict) else sample_weight
+            given = all_given[head.name]
             weights[head.name] = weight if given is None else weight * tf.cast(tf.reshape(given, (-1, 1)), weight.dtype)
         return found, weights
 
@@ -68,12 +78,12 @@ class HeadsModel(AveragedModel):
         found = self._by_head(y)
         if not isinstance(self.plan.task, dict):
             return super().compute_metrics(x, found[0], y_pred, sample_weight=sample_weight)
-        there, weights = {}, {}
+        there, weights, all_given = {}, {}, self._weights(sample_weight)
         for (head, rule), part in zip(heads.rules(self.plan.task), found, strict=True):
             rows = tf.where(~rule.missing(tf.cast(part, tf.float32), tf.math.is_nan)[:, 0])[:, 0]
-            of_head = lambda given, name=head.name: given[name] if isinstance(given, dict) else given  # noqa: E731
-            there[head.name] = tf.gather(part, rows), tf.gather(of_head(y_pred), rows)
-            given = of_head(sample_weight)
+            scores = y_pred[head.name] if isinstance(y_pred, dict) else y_pred
+            there[head.name] = tf.gather(part, rows), tf.gather(scores, rows)
+            given = all_given[head.name]
             weights[head.name] = None if given is None else tf.gather(given, rows)
         y, y_pred = ({name: pair[place] for name, pair in there.items()} for place in (0, 1))
         return super().compute_metrics(x, y, y_pred, sample_weight=None if sample_weight is None else weights)

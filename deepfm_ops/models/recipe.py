@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from deepfm_ops import heads
 from deepfm_ops.combined import CombinedOptimizer, unscaled
 from deepfm_ops.optimizers import LazyAdam
@@ -25,22 +27,43 @@ def losses(task, given=None):
     """
     found = [LOSS[head.kind] for head in heads.of(task)]
     if isinstance(task, dict):
-        return _by_head("loss", task, given, found)
+        return dict(zip(task, found, strict=True)) | by_head("loss", task, given)
     return found[0] if given is None else given
 
 
 def weights(task, given):
-    """`loss_weights` as Keras takes them, 1 for heads of which nothing was said."""
-    return _by_head("loss_weights", task, given, [1.0] * len(task)) if given and isinstance(task, dict) else given
+    """`loss_weights` as Keras takes them, 1 for heads of which nothing was said.
+
+    Raises:
+        ValueError: weights of heads that are not there, or that are no finite numbers.
+
+    """
+    if given is None or not isinstance(task, dict):
+        return given
+    given = {name: weight for name, weight in by_head("loss_weights", task, given).items() if weight is not None}
+    for name, weight in given.items():
+        if not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
+            raise ValueError(f"loss_weights[{name!r}] must be a finite number, got {weight!r:.100}")
+    return dict.fromkeys(task, 1.0) | given
 
 
-def _by_head(argument, task, given, otherwise):
+def by_head(argument, task, given):
+    """{head: what a caller has said of it}, out of a dict, of a list in the order of the heads, or of one for all.
+
+    Raises:
+        ValueError: heads that are not there, or a list of another length.
+
+    """
+    if isinstance(given, list | tuple):
+        if len(given) != len(task):
+            raise ValueError(f"{argument} must have an entry for each of the heads {list(task)}, got {len(given)}")
+        given = dict(zip(task, given, strict=True))
     if not isinstance(given, dict):
         given = {} if given is None else dict.fromkeys(task, given)
     unknown = [name for name in given if name not in task]
     if unknown:
         raise ValueError(f"{argument} has {unknown[0]!r}, which is no head of the model: it has {list(task)}")
-    return dict(zip(task, otherwise, strict=True)) | given
+    return given
 
 
 def optimizer(variables=(), rate=1.0):

@@ -400,3 +400,32 @@ def test_losses_of_other_heads():
         (name,) = arguments
         with pytest.raises(ValueError, match=f"{name} has 'clik', which is no head of the model: it has"):
             matrices().compile(**arguments)
+    for arguments in ({"loss": ["mse", "mse"]}, {"loss_weights": [1.0]}):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=f"{name} must have an entry for each of the heads .*, got "):
+            matrices().compile(**arguments)
+    for weight in (np.nan, np.inf, "2"):
+        with pytest.raises(ValueError, match=rf"loss_weights\['dwell'\] must be a finite number, got {weight!r}"):
+            matrices().compile(loss_weights={"dwell": weight})
+
+
+def test_a_list_is_in_the_order_of_the_heads(rng):
+    """A list of losses was once a list for each head, whose sum came out as many times as there are heads."""
+    inputs, labels, found = inputs_of("matrices", rng), labels_of(rng), []
+    model = randomized(matrices(), rng)
+    for loss in (["mae", "mse", "mae"], {"click": "mae", "dwell": "mse", "genre": "mae"}):
+        model.compile(loss=loss, loss_weights=[1.0, 2.0, 3.0])
+        found.append(model.evaluate(inputs, labels, verbose=0, return_dict=True))
+    assert found[0] == found[1]
+
+
+def test_sample_weights_of_heads(rng):
+    model, inputs, labels = randomized(matrices(), rng), inputs_of("matrices", rng), labels_of(rng)
+    model.compile(metrics={"click": ["AUC"]})
+    ones, zeros = np.ones(B, "f"), np.zeros(B, "f")
+    logs = model.test_on_batch(inputs, labels, {"click": ones, "dwell": zeros, "genre": ones}, return_dict=True)
+    assert logs["dwell_loss"] == 0 < logs["click_loss"]
+    with pytest.raises(ValueError, match="sample_weight has nothing for the head 'dwell'"):
+        model.fit(inputs, labels, sample_weight={"click": ones, "genre": ones}, verbose=0)
+    with pytest.raises(ValueError, match="sample_weight has 'clik', which is no head of the model"):
+        model.fit(inputs, labels, sample_weight={"click": ones, "clik": ones}, verbose=0)
