@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from deepfm_ops.explanations.results import Batches, Explanation, Summary, Total
 from deepfm_ops.explanations.scored import side_of
 from deepfm_ops.explanations.strongest import Strongest
 from deepfm_ops.explanations.terms import Terms
+from deepfm_ops.features.dictionary import FeatureDictionary
 from deepfm_ops.features.tables import is_table
 from deepfm_ops.scorer import Scorer
 
@@ -56,6 +58,8 @@ def explain(model, inputs, *, head=None, summary=None, top=20, features=None):
         ((1, 3), (1, 3), ['field 0', 'field 1', 'field 2'])
 
     """
+    if not (features is None or isinstance(features, FeatureDictionary)):
+        raise TypeError(f"features must be a FeatureDictionary, got {type(features).__name__}")
     side = _side(model, features).of_head(head)
     if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 0:
         raise ValueError(f"top must be an integer of at least 0, got {top!r}")
@@ -111,7 +115,7 @@ def _batches(inputs):
     """The inputs of each batch of a data set; None of inputs that are one batch."""
     if isinstance(inputs, Stream):
         return map(_inputs_of, inputs.batches())
-    if isinstance(inputs, str):
+    if isinstance(inputs, str | os.PathLike):
         raise TypeError(
             "inputs must be arrays, a table or a data set; of files, pass a stream: features.stream(path, 1024)"
         )

@@ -12,6 +12,7 @@ from deepfm_ops.features import columns_tensorflow as encoding
 from deepfm_ops.features.columns import input_specs
 from deepfm_ops.models.base import ConfiguredModel, check_integers, fitting
 from deepfm_ops.models.matrix import check_values
+from deepfm_ops.scorer.scoring import as_matrices
 
 
 class ModelSide(Side):
@@ -68,8 +69,8 @@ class ModelSide(Side):
             inputs = self.names.features.transform(inputs)
         indices, values = matrices_of(inputs)
         check_integers("indices", indices)
-        indices = np.asarray(indices)
-        values = np.ones(indices.shape, np.float32) if values is None else np.asarray(values, np.float32)
+        indices, values = as_matrices(indices, values)
+        values = np.ones(indices.shape, np.float32) if values is None else values
         columns = self.names.layout.bags[-1].stop
         if indices.ndim != 2 or indices.shape[1] != columns:
             raise ValueError(f"indices must have shape [B, {columns}], got {indices.shape}")

@@ -60,7 +60,7 @@ class Explanation:
 
     def __getitem__(self, samples):
         if not isinstance(samples, slice):
-            samples = range(len(self))[samples]  # counts from the end too, and says what is out of range
+            samples = self._row(samples)
             samples = slice(samples, samples + 1)
         rows = range(len(self))[samples]
         terms = Terms(*(part[samples] for part in self._terms))
@@ -69,11 +69,18 @@ class Explanation:
 
     def matrix(self, sample=0):
         """The second order of one sample as a symmetric matrix [F, F], with zeros where fields do not interact."""
-        return matrix(len(self.fields), self.pair_fields, self.pairs[sample])
+        return matrix(len(self.fields), self.pair_fields, self.pairs[self._row(sample)])
 
     def labels(self, sample=0):
         """What a sample holds, in the features' names: of each term of the first order, [T], and each field, [F]."""
-        return self._batches.labels(range(len(self))[sample])
+        return self._batches.labels(self._row(sample))
+
+    def _row(self, sample):
+        """A position that may count from the end as one from the start."""
+        try:
+            return range(len(self))[sample]
+        except IndexError:
+            raise IndexError(f"sample {sample} is not one of the {len(self)} that were explained") from None
 
     def table(self, sample=0):
         """The terms of one sample, largest first, as columns for `pandas.DataFrame`: "part", "term" and "value".

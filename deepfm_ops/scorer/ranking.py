@@ -138,10 +138,21 @@ class Items:
         return self._texts[self._starts[place] : self._starts[place + 1]].tobytes()
 
     def keys(self, positions):
-        """The keys of items, a list of text in the form of `positions`; [k] or [B, k] integers."""
+        """The keys of items, a list of text in the form of `positions`; [k] or [B, k] integers.
+
+        Raises:
+            ValueError: made without keys.
+            TypeError, IndexError: positions that are no integers, or not those of items.
+
+        """
         if self.key is None:
             raise ValueError("these items were made without keys: scorer.items(table, key=...) takes a column of them")
         positions = np.asarray(positions)
+        if positions.dtype.kind not in "iu" and positions.size:
+            raise TypeError(f"positions must be integers, got dtype {positions.dtype}")
+        wrong = (positions < 0) | (positions >= len(self))
+        if wrong.any():
+            raise IndexError(f"position {positions[wrong][0]} is not in [0, {len(self)})")
         found = [_text(self._key(place)) for place in positions.reshape(-1).tolist()]
         return np.array(found, object).reshape(positions.shape).tolist()
 
@@ -191,11 +202,15 @@ class Items:
         Raises:
             FileNotFoundError: no such file.
             ScorerFileError: the file is damaged, of a newer format, holds no items, or those of another model.
+            TypeError: no scorer.
 
         """
+        model = getattr(scorer, "_model", None)
+        if model is None:
+            raise TypeError(f"scorer must be a Scorer, got {type(scorer).__name__}")
         manifest, arrays = file.read_items(path)
         try:
-            return cls._read(scorer._model, manifest, arrays)
+            return cls._read(model, manifest, arrays)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of another writer
             raise ScorerFileError(f"{path} does not hold items of this scorer: {error}") from error
 
@@ -306,11 +321,11 @@ class Items:
             raise ValueError(
                 f"among must be a mask of {len(self)} items or a list of positions, got {among.dtype} {among.shape}"
             )
-        chosen = np.unique(among.astype(np.int64))
+        chosen = np.unique(among)
         if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < len(self):
             wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
             raise IndexError(f"among has position {wrong}, which is not in [0, {len(self)})")
-        return chosen
+        return chosen.astype(np.int64)
 
     def _without_deep(self, rows, k, chosen, numbers, of_class):
         """(positions, values) [B, k] for users' rows; values are logits, or the numbers of a regression."""

@@ -1,6 +1,7 @@
 """What was learned: terms add up to the model's own logit, in the features' names, of samples and over data sets."""
 
 import itertools
+import pathlib
 import re
 import sys
 
@@ -751,6 +752,9 @@ GOOD = [[0, 1, 2]]
         ({"a": [1]}, ValueError, "this model (does not know its features|was exported without its FeatureDictionary)"),
         (3, TypeError, "inputs must be arrays, a table, or batches of them, got int"),
         ("logs/*.tsv", TypeError, r"of files, pass a stream: features.stream\(path, 1024\)"),
+        (pathlib.Path("log.tsv"), TypeError, r"of files, pass a stream: features.stream\(path, 1024\)"),
+        ((np.array(GOOD), np.array([["1", "1", "1"]])), TypeError, "values must be numbers, got dtype <U1"),
+        ((np.array(GOOD), np.ones((1, 3), complex)), TypeError, "values must be numbers, got dtype complex128"),
         ([(np.array([[0, 1]]), np.ones((1, 2)))], ValueError, r"indices must have shape \[B, 3\], got \(1, 2\)"),
         (iter([]), ValueError, "there is no sample to summarize"),
     ],
@@ -791,6 +795,25 @@ def test_raw_inputs_that_are_refused(raw, rng, tmp_path):
             (IndexError, tf.errors.InvalidArgumentError), match=r"index in row 0 = 10 is not in \[0, 10\)"
         ):
             explain(of, {**raw, "user": np.full(ROWS, 10)})
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("scorer", marks=with_kernels)])
+def test_arguments_of_explain_and_positions_that_are_refused(kind, tmp_path):
+    of = matrix_model() if kind == "model" else exported(matrix_model(), tmp_path / "m")
+    with pytest.raises(TypeError, match="features must be a FeatureDictionary, got int"):
+        explain(of, np.array(GOOD), features=3)
+    explanation = explain(of, np.array(GOOD))
+    reads = (explanation.__getitem__, explanation.table, explanation.matrix, explanation.labels)
+    for read in (*reads, lambda sample: explanation.plot(tmp_path / "a.png", sample)):
+        with pytest.raises(IndexError, match="sample 1 is not one of the 1 that were explained"):
+            read(1)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "int32", "uint64"])
+def test_indices_of_any_integers(dtype, rng):
+    model, indices = shuffled(matrix_model(), rng), np.array([[0, 1, 2], [3, 4, 5]])
+    found = explain(model, (indices.astype(dtype), np.ones((2, 3))))
+    np.testing.assert_array_equal(found.logit, explain(model, indices).logit)
 
 
 def test_data_sets_without_an_end():

@@ -561,12 +561,29 @@ def test_inputs_that_both_give_or_neither(make, table):
         ({"among": [0.5]}, ValueError, r"got float64 \(1,\)"),
         ({"among": [3, N]}, IndexError, r"among has position 83, which is not in \[0, 83\)"),
         ({"among": [-1, 3]}, IndexError, r"among has position -1, which"),
+        ({"among": np.array([2**63], np.uint64)}, IndexError, r"among has position 9223372036854775808, which"),
     ],
 )
 def test_wrong_arguments(options, error, text, make, table):
     scorer = make()
     with pytest.raises(error, match=text):
         scorer.rank(USERS, scorer.items(table), **({"k": 3} | options))
+
+
+def test_positions_that_have_no_key(make, table, tmp_path):
+    """One before the first was once an empty text."""
+    scorer = make()
+    items = scorer.items(table, key="item")
+    assert items.keys([]) == [] and items.keys(np.uint8([[N - 1]])) == [[table["item"][N - 1]]]
+    for wrong in (-1, N):
+        with pytest.raises(IndexError, match=rf"position {wrong} is not in \[0, 83\)"):
+            items.keys([0, wrong])
+    for wrong in (None, [1.0], [True], ["i1"]):
+        with pytest.raises(TypeError, match="positions must be integers, got dtype"):
+            items.keys(wrong)
+    items.save(tmp_path / "items")
+    with pytest.raises(TypeError, match="scorer must be a Scorer, got str"):
+        Items.load(tmp_path / "items", "m.scorer")
 
 
 @pytest.mark.parametrize("kind", ["LR", "FM", "DeepFM"])
