@@ -93,7 +93,7 @@ class Explanation:
         rows += [("first order", name, x) for name, x in zip(first, self.first_order[sample].tolist(), strict=True)]
         pairs = zip(self.pair_fields.tolist(), self.pairs[sample].tolist(), strict=True)
         rows += [("pair", f"{fields[a]} x {fields[b]}", x) for (a, b), x in pairs if x]
-        rows = sorted((row for row in rows if row[2]), key=lambda row: -abs(row[2]))
+        rows = largest_first(rows)
         return {name: [row[i] for row in rows] for i, name in enumerate(("part", "term", "value"))}
 
     def __str__(self):
@@ -227,7 +227,7 @@ class Summary:
         rows += [("first order", *row) for row in firsts]
         names = [f"{self.fields[a]} x {self.fields[b]}" for a, b in self.pair_fields.tolist()]
         rows += [("pair", *row) for row in zip(names, self.pairs_strength.tolist(), self.pairs.tolist(), strict=True)]
-        rows = sorted((row for row in rows if row[2]), key=lambda row: -row[2])
+        rows = largest_first(rows)
         return {name: [row[i] for row in rows] for i, name in enumerate(("part", "term", "strength", "mean"))}
 
     def __str__(self):
@@ -279,6 +279,11 @@ class Totals:
         self.samples += len(deep)
         parts = zip(self.sums, (by_field, pairs, triples, deep), strict=True)
         self.sums = [(s + x.sum(axis=0), a + np.abs(x).sum(axis=0)) for (s, a), x in parts]
+
+
+def largest_first(rows):
+    """Rows (., ., value ...) whose value is not zero, the largest absolute ones first, and NaN before them."""
+    return sorted((row for row in rows if row[2]), key=lambda row: -abs(row[2]) if row[2] == row[2] else -np.inf)
 
 
 def titled(label, text):

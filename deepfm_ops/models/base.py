@@ -190,7 +190,7 @@ class ConfiguredModel(HeadsModel):
         e = keras.ops.convert_to_numpy(tf.gather(source.embeddings.value, [row, *rows])).astype(np.float64)
         lengths = np.linalg.norm(e, axis=1)
         products, scale = e[1:] @ e[0], lengths[1:] * lengths[0]
-        cosines = np.divide(products, scale, out=np.zeros(len(rows)), where=scale > 0)
+        cosines = np.divide(products, scale, out=np.zeros(len(rows)), where=scale != 0)  # NaN, of NaN, is last
         first = np.argsort(-cosines, kind="stable")[:k]
         return [(name(int(rows[i])), float(cosines[i])) for i in first]
 

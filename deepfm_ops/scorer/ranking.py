@@ -256,6 +256,7 @@ class Items:
         number = heads.number(self._model.task, head)
         asked = number.of_head, number.class_
         is_one, rows, hidden = self._users(user)
+        self._check_users(rows, hidden, asked[0])
         chosen = self._chosen(among)
         count = len(self) if chosen is None else len(chosen)
         k = min(int(k), count)
@@ -298,6 +299,13 @@ class Items:
         if hidden is not None:
             hidden += self._model.layers[0][1]
         return is_one, rows, hidden
+
+    def _check_users(self, rows, hidden, numbers):
+        """Raises ValueError for a user whose part of every item's score is NaN."""
+        parts = [rows[:, numbers], rows[:, self._model.numbers :], *([] if hidden is None else [hidden])]
+        nan = np.logical_or.reduce([np.isnan(part).any(axis=1) for part in parts])
+        if nan.any():
+            raise ValueError(f"user {int(nan.argmax())} makes every score NaN: mend the model's weights")
 
     def _asking(self, rows):
         """Users' rows with what asks for the items' vectors in place of their own."""

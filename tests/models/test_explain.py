@@ -460,6 +460,21 @@ def named(rng, **options):
     return features, shuffled(DeepFM.from_features(features, embedding_dim=4, hidden_units=(5,)), rng)
 
 
+def test_terms_that_are_nan_come_first(rng):
+    """They are what is to be seen, and to a sort they are neither larger nor smaller."""
+    model = matrix_model()
+    weights = shuffled(model, rng).get_layer("fm").embeddings
+    weights.assign(np.where(np.arange(20)[:, np.newaxis] == 7, np.nan, weights.numpy()))
+    inputs = np.array([[1, 7, 2], [3, 4, 5]])
+    for table, column in (
+        (explain(model, inputs).table(0), "value"),
+        (explain(model, inputs, summary=True).table(), "strength"),
+    ):
+        values = np.array(table[column])
+        some = np.isnan(values).sum()
+        assert some >= 3 and np.isnan(values[:some]).all() and (np.diff(np.abs(values[some:])) <= 0).all()
+
+
 def test_names_of_features(rng):
     features, model = named(rng)
     found = explain(model, TABLE)
@@ -897,6 +912,11 @@ def test_similar_values(rng):
     assert {value for value, _ in model.similar("genres", "war")} == {"drama", "comedy"}
     model.get_layer("fm").embeddings.assign(np.zeros((features.num_features, 4)))
     assert [x for _, x in model.similar("user", "ann")] == [0, 0, 0]
+    broken = np.ones((features.num_features, 4))
+    broken[features.index("user", found[0][0])] = np.nan
+    model.get_layer("fm").embeddings.assign(broken)
+    name, cosine = model.similar("user", "ann")[-1]
+    assert name == found[0][0] and np.isnan(cosine)
     with pytest.raises(KeyError, match="value 'eve' of column 'user' was not seen by fit"):
         model.similar("user", "eve")
     with pytest.raises(KeyError, match="column 'who' is not in the dictionary"):

@@ -606,6 +606,23 @@ def test_scores_that_are_nan_name_the_item(kind, make, table, features, rng):
             scorer.rank(USERS, items, 3)
 
 
+@pytest.mark.parametrize("kind", ["LR", "FM", "DeepFM"])
+def test_a_user_that_is_nan_is_no_items_fault(kind, features, table, rng, tmp_path):
+    model = shuffled(DeepFM.from_features(features, **KINDS[kind]), rng)
+    row, lookup = features.index("user", "bob"), (model.plan.lookups or model.plan.first_orders)[0]
+    weights = lookup.source.w if getattr(lookup.source, "embeddings", None) is None else lookup.source.embeddings
+    place = np.arange(weights.shape[0]).reshape(-1, *[1] * (len(weights.shape) - 1))
+    weights.assign(np.where(place == row, np.nan, weights.numpy()))
+    deepfm_ops.export_scorer(model, tmp_path / "m")
+    scorer = Scorer.load(tmp_path / "m")
+    items = scorer.items(table)
+    users = {"user": ["ann", "bob"], "age": [0.1, 0.2], "past": ["a", "a"]}
+    for options in ({}, {"shortlist": 5}):
+        with pytest.raises(ValueError, match="user 1 makes every score NaN: mend the model's weights"):
+            scorer.rank(users, items, 3, **options)
+    assert scorer.rank({name: x[:1] for name, x in users.items()}, items, 3)[0].shape == (1, 3)
+
+
 def test_models_of_matrices_have_no_names(tmp_path):
     deepfm_ops.export_scorer(DeepFM(20, 3, 4, use_deep=False), tmp_path / "m")
     with pytest.raises(ValueError, match="ranking needs a model of raw inputs"):
