@@ -16,7 +16,7 @@ def draw(path, title, fields, matrix, groups, is_strength=False):
     Args:
         path: of the picture.
         title: of the heat map.
-        fields: names, [F].
+        fields: names, [F]; without any, there is no heat map.
         matrix: [F, F].
         groups: [(title, [(name, value)])]; the first `BARS` are drawn.
         is_strength: whether the heat map has no values below zero, and the sign of a bar is a mean's.
@@ -32,16 +32,20 @@ def draw(path, title, fields, matrix, groups, is_strength=False):
     fields, line = [_text(field) for field in fields], 0.19
     side = max(3.2, line * len(fields) + 0.4)
     names = 0.075 * max(map(len, fields), default=0) + 0.6
-    figure = Figure(figsize=(side + names + 0.8 + 6.4 * len(groups), max(4.8, side + names)), layout="constrained")
-    axes = figure.subplots(1, 1 + len(groups), width_ratios=[side + names + 0.8, *[6.4] * len(groups)])
-    most = float(np.abs(matrix).max(initial=0)) or 1.0
-    colours = {"cmap": "Reds", "vmin": 0} if is_strength else {"cmap": "RdBu_r", "vmin": -most}
-    image = axes[0].imshow(matrix, vmax=most, **colours)
-    figure.colorbar(image, ax=axes[0], shrink=0.6)
-    axes[0].set_xticks(range(len(fields)), fields, rotation=90, fontsize=8)
-    axes[0].set_yticks(range(len(fields)), fields, fontsize=8)
-    axes[0].set_title(title, fontsize=10)
-    for here, (what, bars) in zip(axes[1:], groups, strict=True):
+    widths = [side + names + 0.8] * bool(fields) + [6.4] * len(groups)
+    figure = Figure(figsize=(sum(widths), max(4.8, side + names)), layout="constrained")
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0].tolist()
+    if fields:
+        most = float(np.abs(matrix).max(initial=0)) or 1.0
+        colours = {"cmap": "Reds", "vmin": 0} if is_strength else {"cmap": "RdBu_r", "vmin": -most}
+        first = axes.pop(0)
+        figure.colorbar(first.imshow(matrix, vmax=most, **colours), ax=first, shrink=0.6)
+        first.set_xticks(range(len(fields)), fields, rotation=90, fontsize=8)
+        first.set_yticks(range(len(fields)), fields, fontsize=8)
+        first.set_title(title, fontsize=10)
+    else:
+        figure.suptitle(title, fontsize=10)
+    for here, (what, bars) in zip(axes, groups, strict=True):
         shown = bars[:BARS]
         values = [value for _, value in shown]
         lengths = np.abs(values) if is_strength else values
@@ -53,8 +57,13 @@ def draw(path, title, fields, matrix, groups, is_strength=False):
     figure.savefig(path, dpi=110, bbox_inches="tight")  # long names reach beyond the figure
 
 
+def on_one_line(name):
+    return " ".join(str(name).split())
+
+
 def _text(name):
     """A name as matplotlib draws it: short, on one line, without its formulas."""
-    name = " ".join(str(name).split())
-    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+    name = on_one_line(name)
+    if len(name) > LONGEST:  # of a pair, both ends say something
+        name = f"{name[: LONGEST // 2]}...{name[3 - LONGEST // 2 :]}"
     return name.replace("$", r"\$")

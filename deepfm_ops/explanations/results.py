@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepfm_ops.explanations import drawing
 from deepfm_ops.explanations.terms import Terms
 
 SHOWN = 15  # terms of a text
@@ -107,7 +108,8 @@ class Explanation:
     def _text(self, sample):
         table = self.table(sample)
         terms, values = table["term"], table["value"]
-        lines = [f"  {value:+9.4f}  {term}" for term, value in zip(terms[:SHOWN], values[:SHOWN], strict=True)]
+        shown = zip(map(drawing.on_one_line, terms[:SHOWN]), values[:SHOWN], strict=True)
+        lines = [f"  {value:+9.4f}  {term}" for term, value in shown]
         if len(terms) > SHOWN:
             lines.append(f"  {sum(values[SHOWN:]):+9.4f}  {len(terms) - SHOWN} smaller terms")
         what = "prediction" if self.task == "regression" else "probability"
@@ -125,8 +127,6 @@ class Explanation:
             ImportError: matplotlib is not there.
 
         """
-        from deepfm_ops.explanations import drawing
-
         table, (_, fields) = self.table(sample), self.labels(sample)
         bars = list(zip(table["term"], table["value"], strict=True))
         title = titled(self._side.number.label, f"logit {self.logit[sample]:+.3f}")
@@ -241,7 +241,8 @@ class Summary:
             lines.append(f"  and {len(shown) - SHOWN} weaker terms")
         if self.feature_pairs:
             lines.append("  strength      mean  pair of features")
-        lines += [f"  {p.strength:8.4f} {p.mean:+9.4f}  {p.first} x {p.second}" for p in self.feature_pairs]
+        pairs = [(p.strength, p.mean, drawing.on_one_line(f"{p.first} x {p.second}")) for p in self.feature_pairs]
+        lines += [f"  {strength:8.4f} {mean:+9.4f}  {name}" for strength, mean, name in pairs]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -251,8 +252,6 @@ class Summary:
 
         The length of a bar is a strength; its colour says whether the mean is above or below zero.
         """
-        from deepfm_ops.explanations import drawing
-
         table = self.table()
         bars = list(zip(table["term"], np.copysign(table["strength"], table["mean"]).tolist(), strict=True))
         pairs = [(f"{p.first} x {p.second}", float(np.copysign(p.strength, p.mean))) for p in self.feature_pairs]

@@ -14,6 +14,7 @@ from testing import run_python
 
 import deepfm_ops
 from deepfm_ops import DeepFM, DenseFeat, FeatureDictionary, SparseFeat, VarLenSparseFeat, explain
+from deepfm_ops.explanations import drawing
 from deepfm_ops.explanations.strongest import Strongest
 
 try:
@@ -720,6 +721,26 @@ def test_pictures(fields, rng, tmp_path):
         assert picture[..., :3].std() > 0.01
         # Of many fields each has 19 hundredths of an inch, 110 dots each: letters of 8 points fit.
         assert picture.shape[0] > 19 * fields and picture.shape[1] > picture.shape[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_without_fields_has_no_heat_map(rng, tmp_path):
+    pytest.importorskip("matplotlib")
+    model = shuffled(DeepFM(100, 3, 4, **KINDS["LR"]), rng)
+    explain(model, matrices(rng, columns=3)).plot(tmp_path / "sample.png")
+    explain(model, matrices(rng, columns=3), summary=True).plot(tmp_path / "all.png")
+
+
+def test_long_names_and_line_breaks(rng):
+    """Both features of a pair are seen in a picture, and a line of a text is one."""
+    first, second = drawing._text("a" * 99 + "=b x " + "c" * 99 + "=d"), drawing._text("a" * 30 + "x" * 30)
+    assert first.startswith("aaa") and first.endswith("c=d") and len(first) == 60 == len(second)
+    table = {"a": ["u\nv", "w"], "b": ["x", "y\r\nz"]}
+    features = FeatureDictionary().fit(table, categorical=["a", "b"])
+    model = shuffled(DeepFM.from_features(features, use_deep=False, embedding_dim=3), rng)
+    for found in (explain(model, table), explain(model, table, summary=True)):
+        assert all(line.startswith(("logit", "2 samples", "  ")) for line in str(found).splitlines())
+        assert "u v x x" in str(found).replace("b=", "")
 
 
 def test_names_that_matplotlib_would_read_as_formulas(rng, tmp_path):
