@@ -301,9 +301,11 @@ class ConfiguredModel(HeadsModel):
         if arrays is not None:
             if batch_size is None and steps_per_epoch is None:
                 batch_size = recipe.batch_size(getattr(self, "optimizer", None), len(keras.tree.flatten(arrays)[0]))
-            if shuffle is True or self._is_replicated:
+            validates_stream = isinstance(validation_data, Stream)
+            if shuffle is True or self._is_replicated or validates_stream:
                 validation_data = validation_data if split_off is None else split_off
-                validation_batch_size = validation_batch_size or batch_size
+                if not validates_stream:  # which has batches of its own
+                    validation_batch_size = validation_batch_size or batch_size
                 order = epochs_.EpochOrder(arrays, batch_size, steps_per_epoch, bool(shuffle))
                 if self._is_multi_worker:
                     replicated.the_same(self.distribute_strategy, "samples", len(order))

@@ -21,7 +21,10 @@ class HeadsModel(AveragedModel):
         sample_weight = keras.tree.map_structure(_usable_weights, sample_weight)
         if isinstance(self.plan.task, dict):
             y, sample_weight = self._masked(y, sample_weight, training)
-            return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+            # Keras counts a head's batches by adding a constant, which would also run where data that has no length
+            # has come to its end.
+            with tf.control_dependencies(list(y.values())):
+                return super().compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
         (y,) = self._by_head(y)
         if tf.is_tensor(y) and (y.dtype.is_floating or y.dtype.is_integer):
             ((head, rule),) = heads.rules(self.plan.task)

@@ -58,6 +58,28 @@ def test_a_stream_gives_what_arrays_give(table, tmp_path, kind):
         np.testing.assert_array_equal(scores[0][name], scores[1][name])
 
 
+def test_losses_of_heads_are_means_of_batches_of_any_source(table):
+    """Keras alone counts one batch too many for a head where data has no length."""
+    features = FeatureDictionary().fit(table, categorical=["city"], label=NAMES)
+    model, arrays = model_of(features), features.transform(table)
+    model.compile()
+    wanted = model.evaluate(arrays, table[NAMES], batch_size=10, verbose=0, return_dict=True)
+
+    def generated():
+        for start in range(0, 50, 10):
+            rows = slice(start, start + 10)
+            yield tuple(x[rows] for x in arrays), {name: table[name].to_numpy("f")[rows] for name in NAMES}
+
+    for source in (features.stream(table, 10), generated()):
+        assert model.evaluate(source, verbose=0, return_dict=True) == pytest.approx(wanted, rel=1e-5)
+    for shuffle in (True, False):  # arrays to train on, a stream to validate on
+        stream = features.stream(table, 10)
+        logs = model.fit(arrays, table[NAMES], 7, shuffle=shuffle, validation_data=stream, verbose=0).history
+        found = {name.removeprefix("val_"): x for name, [x] in logs.items() if name.startswith("val_")}
+        wanted = model.evaluate(arrays, table[NAMES], batch_size=10, verbose=0, return_dict=True)
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_what_is_kept_of_labels(table, tmp_path):
     """The dictionary's file, a stream's state and a saved model know the columns of labels."""
     features = FeatureDictionary().fit(table, categorical=["city"], label=NAMES)
