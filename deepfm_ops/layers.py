@@ -206,7 +206,7 @@ class _SparseLayer(keras.layers.Layer):
 
 def check_interaction(order, field_weights, use_fm=True):
     """Raises ValueError for options of an interaction that do not fit."""
-    if isinstance(order, bool) or order not in (2, 3):
+    if isinstance(order, bool) or not isinstance(order, int | np.integer) or order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order!r}")
     if not isinstance(field_weights, bool):
         raise ValueError(f"field_weights must be True or False, got {field_weights!r}")

@@ -116,6 +116,7 @@ def test_what_field_weights_refuse(backend):
     [
         ({"order": 4}, "order must be 2 or 3, got 4"),
         ({"order": True}, "order must be 2 or 3, got True"),
+        ({"order": 3.0}, "order must be 2 or 3, got 3.0"),  # its scorer could not be read
         ({"field_weights": 1}, "field_weights must be True or False, got 1"),
         ({"order": 3, "field_weights": True}, "field_weights weight pairs of fields: they need order=2, got order=3"),
     ],
