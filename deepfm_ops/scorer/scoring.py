@@ -286,8 +286,7 @@ def _check_values(values):
         raise ValueError(f"values[{','.join(map(str, bad))}] = {values[bad]} {cells.UNUSABLE}")
 
 
-# Of `kernels.fm_forward`: how embeddings interact.
-PLAIN = {"order": 2, "field_weights": None}
+PLAIN = 2, None  # order and field weights
 
 
 class _Lookup:
@@ -300,7 +299,7 @@ class _Lookup:
         self.encoder = plan["encoder"] or 0  # the matrices count as the only one
         self.dim = self.table.shape[1] - INT8_HEADER * (self.table.dtype == np.uint8)
         self.threads = threads
-        self.interaction = PLAIN
+        self.order, self.field_weights = PLAIN  # how its fields interact, where all of them do
         self._set_fields(plan["field_sizes"], plan["spans"])
 
     def _set_fields(self, field_sizes, spans):
@@ -343,21 +342,25 @@ class _Lookup:
 
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
         """(interaction, sums, embeddings or None, linear or None)."""
-        splits = {"row_splits": row_splits, "field_splits": self.splits if row_splits is None else None}
+        order, field_weights = PLAIN if output == "sum" else (self.order, self.field_weights)
+        # Arguments are named one by one: a dict of them costs as much as 40 rows.
         interaction, sums, e, linear = kernels.fm_forward(
             self.table,
             indices,
             values,
             weights=self.weights if self.numbers == 1 else None,
+            row_splits=row_splits,
+            field_splits=self.splits if row_splits is None else None,
             output=output,
             return_embeddings=embeddings,
             threads=self.threads,
-            **splits,
-            **(PLAIN if output == "sum" else self.interaction),
+            order=order,
+            field_weights=field_weights,
         )
         if self.numbers > 1:
             linear = None
             if self.weights is not None:
+                splits = {"row_splits": row_splits, "field_splits": self.splits if row_splits is None else None}
                 options = {"output": "sum", "threads": self.threads, **splits}
                 linear = kernels.fm_forward(self.weights, indices, values, **options)[0]
         return interaction, sums, e, linear
@@ -433,6 +436,9 @@ class _Model:
         self.deep = arrays.get("deep")
         self.threads = threads
         self.bias = np.array(arrays["bias"])
+        self.kind = "vector" if self.numbers > 1 else "scalar"  # of interactions
+        # What a score of one number needs is made once: it takes but a few microseconds.
+        self.first_bias, self.is_probability = float(self.bias[0]), heads.of(self.task)[0].kind == "binary"
         self.projections = [arrays[f"second_order_{i}"] for i in range(len(self.second_order)) if self.numbers > 1]
         needs = {pair[0] for group in self.second_order if isinstance(group, list) for pair in group}
         self.needs_embeddings = [self.deep is not None or i in needs for i in range(len(self.lookups))]
@@ -530,21 +536,15 @@ class _Model:
         parts += self._projected(crossed)
         return self._finish(parts, embeddings, {})
 
-    @property
-    def kind(self):
-        """Of interactions."""
-        return "vector" if self.numbers > 1 else "scalar"
-
     def interaction(self, number):
-        """What a second order asks of `kernels.fm_forward`."""
-        weights = self.field_weights[number] if self.field_weights else None
-        return {"order": self.order, "field_weights": weights}
+        """(order, field weights or None) of a second order."""
+        return self.order, self.field_weights[number] if self.field_weights else None
 
     def set_interactions(self):
         """Tells the lookups whose fields all interact how they do."""
         for number, group in enumerate(self.second_order):
             if isinstance(group, int):
-                self.lookups[group].interaction = self.interaction(number)
+                self.lookups[group].order, self.lookups[group].field_weights = self.interaction(number)
 
     def together(self, number, embeddings):
         """The embeddings [B, F, K] that interact in a second order, of those of each lookup."""
@@ -556,9 +556,9 @@ class _Model:
     def crossed(self, number, e):
         """A second order, [B, 1], or [B, K] for a vector, of its embeddings [B, F, K]: the kernel's table here."""
         batch, fields, dim = e.shape
-        places, options = np.arange(batch * fields).reshape(batch, fields), self.interaction(number)
-        rows = e.reshape(-1, dim)
-        return kernels.fm_forward(rows, places, None, output=self.kind, threads=self.threads, **options)[0]
+        order, field_weights = self.interaction(number)
+        options = {"order": order, "field_weights": field_weights, "output": self.kind, "threads": self.threads}
+        return kernels.fm_forward(e.reshape(-1, dim), np.arange(batch * fields).reshape(batch, fields), **options)[0]
 
     def _projected(self, interactions):
         """The second orders [B, H] of interactions, which are vectors for more than one number."""
@@ -596,8 +596,8 @@ class _Model:
                 parts.append(first.pooled(e, mask).sum(axis=1))
         for lookup, needed in zip(self.lookups, self.needs_embeddings, strict=True):
             indices, values, mask = pairs[lookup.encoder]
-            *interaction, e, linear = lookup(indices, values, self.kind, embeddings=needed, row_splits=row_splits)
-            interactions.append(interaction)
+            interaction, summed, e, linear = lookup(indices, values, self.kind, needed, row_splits)
+            interactions.append((interaction, summed))
             embeddings.append(e if e is None else lookup.pooled(e, mask))
             if linear is not None:
                 parts.append(linear)
@@ -622,8 +622,8 @@ class _Model:
         if self.deep is not None:
             parts.append(self.deep_part(embeddings, inputs))
         if self.numbers == 1:
-            (head,) = heads.of(self.task)
-            return heads.joined(self.task, [kernels.head(parts, float(self.bias[0]), head.kind == "binary")])
+            score = kernels.head(parts, self.first_bias, self.is_probability)
+            return heads.joined(self.task, [score]) if isinstance(self.task, dict) else score
         sums = sum(parts, self.bias)
         found = [_OUTPUT[head.kind](np.ascontiguousarray(x)) for head, x in heads.split(self.task, sums)]
         return heads.joined(self.task, found)
