@@ -131,7 +131,7 @@ bench-peers:
 	.venv-sklearn/bin/python -m pip install --quiet scikit-learn==1.9.1 pandas==3.1.1 pyarrow==26.0.1
 
 # The kernels and the tables under sanitizers, in programs without Python and TensorFlow.
-# About ten minutes on two cores, compiling included; CASES=350000 for a million of the kernels' under ASan.
+# Tens of minutes on two cores, compiling included; CASES=350000 for a million of the kernels' under ASan.
 CASES ?= 20000
 TSAN_CASES = $(shell expr $(CASES) / 6)
 vpath %.cc csrc/kernels csrc/tables tests/native
