@@ -343,6 +343,7 @@ class _Lookup:
     def __call__(self, indices, values, output="scalar", embeddings=False, row_splits=None):
         """(interaction, sums, embeddings or None, linear or None)."""
         order, field_weights = PLAIN if output == "sum" else (self.order, self.field_weights)
+        field_splits = self.splits if row_splits is None else None
         # Arguments are named one by one: a dict of them costs as much as 40 rows.
         interaction, sums, e, linear = kernels.fm_forward(
             self.table,
@@ -350,7 +351,7 @@ class _Lookup:
             values,
             weights=self.weights if self.numbers == 1 else None,
             row_splits=row_splits,
-            field_splits=self.splits if row_splits is None else None,
+            field_splits=field_splits,
             output=output,
             return_embeddings=embeddings,
             threads=self.threads,
@@ -360,9 +361,8 @@ class _Lookup:
         if self.numbers > 1:
             linear = None
             if self.weights is not None:
-                splits = {"row_splits": row_splits, "field_splits": self.splits if row_splits is None else None}
-                options = {"output": "sum", "threads": self.threads, **splits}
-                linear = kernels.fm_forward(self.weights, indices, values, **options)[0]
+                options = {"row_splits": row_splits, "field_splits": field_splits, "threads": self.threads}
+                linear = kernels.fm_forward(self.weights, indices, values, output="sum", **options)[0]
         return interaction, sums, e, linear
 
     def pooled(self, e, mask):
